@@ -1,0 +1,336 @@
+"""The configuration of a run: typed sections, recipe files, command-line overrides. The only parser in mimlet.
+
+Free of torch, so that a wrong setting is answered at once. Two sections never change results: `run` and, up to rounding,
+`speed`. Everything else is the experiment; a resumed run must repeat it (see `changed_settings`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from mimlet.errors import ConfigError
+from mimlet.methods.settings import METHODS, MethodSettings
+from mimlet.models.zoo import SIZES
+from mimlet.section import Section
+
+RECIPES = Path(__file__).parent / "recipes"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class EncoderSettings(Section):
+    """The encoder: a name from the zoo, with any of its numbers replaced (0 = as the name says)."""
+
+    name: str = "vit_tiny"
+    image_size: int = Field(224, ge=1)
+    patch: int = Field(0, ge=0)
+    dim: int = Field(0, ge=0)
+    depth: int = Field(0, ge=0)
+    heads: int = Field(0, ge=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    class_token: bool = True
+    position: Literal["sincos", "learned"] = "sincos"
+    relative: Literal["none", "full", "qv"] = Field("none", description="relative position bias; full: qkv bias kept, qv: the 2023 form")
+    layer_scale: float | None = None
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    weights: str | None = Field(None, description="run folder or file to start from")
+    keep_blocks: int | None = Field(None, ge=0, description="use only the first k blocks of `weights`; the others start fresh")
+
+    @model_validator(mode="after")
+    def _known_and_divisible(self) -> EncoderSettings:
+        if self.name not in SIZES:
+            raise ValueError(f"unknown encoder '{self.name}'{nearest(self.name, SIZES)}; known: {', '.join(SIZES)}")
+        shape = self.resolved()
+        if shape["dim"] % shape["heads"]:
+            raise ValueError(f"width {shape['dim']} is not divisible by {shape['heads']} heads")
+        if shape["dim"] % 4 and self.position == "sincos":
+            raise ValueError(f"width {shape['dim']} is not divisible by 4, which 2-D sin-cos positions need")
+        if self.image_size % shape["patch"]:
+            low = self.image_size // shape["patch"] * shape["patch"]
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by the patch of {shape['patch']} px; "
+                f"use {low or shape['patch']} or {low + shape['patch']}, or another patch"
+            )
+        return self
+
+    def resolved(self) -> dict[str, int]:
+        """patch, dim, depth and heads after the zoo's values have filled the zeros."""
+        size = SIZES[self.name]
+        return {key: getattr(self, key) or getattr(size, key) for key in ("patch", "dim", "depth", "heads")}
+
+
+class TeacherSettings(Section):
+    """A frozen teacher: a run folder, a checkpoint file, or `timm:NAME`."""
+
+    path: str | None = None
+    name: str | None = Field(None, description="zoo name of the file's architecture; none: read from its shapes")
+    heads: int = Field(0, ge=0, description="needed where a file does not tell and the width has several customs")
+    precision: Literal["auto", "32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes in it, else 32")
+
+
+class AugmentSettings(Section):
+    """Random resized crop, flip, and what supervised recipes add. Defaults are MAE-lite's pre-training."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear", "random"] = Field("random", description="random: bilinear or bicubic per crop")
+    flip: float = Field(0.5, ge=0, le=1)
+    pad_crop: int = Field(0, ge=0, description="instead of a resized crop: pad by so many pixels and crop back (small images)")
+    color_jitter: float = Field(0.0, ge=0)
+    randaugment: str = Field("", description="timm's notation, e.g. rand-m10-mstd0.5-inc1; empty: off")
+    eval_crop: float = Field(0.875, gt=0, le=1, description="evaluation: resize short side to size / eval_crop, then centre crop")
+    eval_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class DataSettings(Section):
+    """Where images come from. `path` takes folders, .tar/.zip archives, .parquet files, list files (.txt), `torchvision:NAME:ROOT`."""
+
+    path: list[str] = []
+    eval: list[str] = Field([], description="labelled images for evaluation; empty: no evaluation")
+    subset: str = Field("", description="'1%', '10%', '25' (images per class), 'lt' (long-tailed), or a list file; empty: all")
+    subset_seed: int = 0
+    max_unreadable: float = Field(0.1, ge=0, le=1, description="share of unreadable files above which a run stops")
+    index: bool = Field(True, description="cache the list of files so that the next start is fast")
+    augment: AugmentSettings = AugmentSettings()
+
+
+class OptimSettings(Section):
+    """The optimiser. The peak learning rate is `lr * batch / lr_batch`, or `lr` itself with `lr_batch = 0`."""
+
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: float = Field(1.5e-4, gt=0)
+    lr_batch: int = Field(256, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    decay_tokens: bool = Field(True, description="whether class token, mask token and position tables decay (MAE pre-training: yes; fine-tuning: no)")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: off")
+
+
+class ScheduleSettings(Section):
+    """Length of training in epochs or in optimiser steps; linear warm-up, then half a cosine, per step."""
+
+    batch: int = Field(4096, ge=1, description="images per optimiser step, over all devices and accumulation")
+    epochs: float = Field(0, ge=0)
+    steps: int = Field(0, ge=0, description="instead of epochs")
+    warmup_epochs: float = Field(0, ge=0)
+    warmup: float = Field(0, ge=0, lt=1, description="instead of warmup_epochs: fraction of the whole training")
+    eval_epochs: float = Field(10, ge=0, description="evaluate every so many epochs, and at the end; 0: only at the end")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleSettings:
+        if bool(self.epochs) == bool(self.steps):
+            raise ValueError("set exactly one of epochs and steps" + (f" (got epochs {self.epochs} and steps {self.steps})" if self.steps else " (got none)"))
+        if self.warmup and self.warmup_epochs:
+            raise ValueError("set at most one of warmup and warmup_epochs")
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be shorter than the {self.epochs} epochs of training")
+        return self
+
+
+class SpeedSettings(Section):
+    """How fast, not what: results change at most by rounding."""
+
+    precision: Literal["auto", "32", "bf16", "16"] = Field("auto", description="auto: bf16 where the hardware computes in it, else 32")
+    accumulate: int = Field(1, ge=1, description="split each batch into so many pieces per device")
+    workers: int = Field(-1, ge=-1, description="loader processes per device; -1: the processors there are, at most 8")
+    compile: bool = False
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(0, ge=0, description="0: one per process started by torchrun or SLURM")
+    nodes: int = Field(1, ge=1)
+
+
+class RunSettings(Section):
+    """Where results go and how often. Never changes results."""
+
+    out: str | None = None
+    log_steps: int = Field(20, ge=1)
+    checkpoint_minutes: float = Field(10, gt=0)
+    checkpoint_steps: int = Field(0, ge=0, description="additionally every so many steps")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    tensorboard: bool = True
+    report: bool = True
+
+
+class Config(Section):
+    """Everything a run needs. `title` and `sweep` come from the recipe."""
+
+    title: str = ""
+    seed: int = Field(0, ge=0)
+    encoder: EncoderSettings = EncoderSettings()
+    method: Annotated[MethodSettings, Field(discriminator="name")]
+    teacher: TeacherSettings = TeacherSettings()
+    data: DataSettings = DataSettings()
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings
+    speed: SpeedSettings = SpeedSettings()
+    run: RunSettings = RunSettings()
+    sweep: dict[str, list[Any]] = Field({}, description="dotted settings (several joined by commas move together) -> values to try")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        needs = METHODS[self.method.name]
+        distills = getattr(getattr(self.method, "distill", None), "kind", "none") != "none"
+        if (needs.teacher or distills) and not self.teacher.path:
+            raise ValueError(f"method '{self.method.name}' needs a teacher: give --teacher (a run folder, a checkpoint file, or timm:NAME)")
+        return self
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+    """Reads a recipe and applies overrides.
+
+    `source` is a recipe's name (see `recipe_paths`), a .toml or .json file (a run's `config.json` repeats it), or a mapping. `base` is merged over
+    the recipe (the command line's named options), then `overrides` of the form `section.key=value`, value in TOML or a bare word.
+    Raises `ConfigError` with every problem at once.
+    """
+    values = dict(source) if isinstance(source, Mapping) else read_recipe(source)
+    merge(values, base or {})
+    for text in overrides:
+        merge(values, parse_override(text))
+    return validate(values)
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Checks raw settings; `ConfigError` lists all problems, with the nearest known name for unknown ones."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        count = f"{len(lines)} wrong setting{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(f"{count}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The raw settings of a recipe name or file."""
+    known = recipe_paths()
+    path = known.get(str(source), Path(source))
+    if not path.is_file():
+        raise ConfigError(f"no recipe '{source}'{nearest(str(source), known)}; `mimlet recipes` lists them, or give a .toml or config.json file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    return values
+
+
+def recipe_paths() -> dict[str, Path]:
+    """Shipped recipes by name (the file's stem)."""
+    return {path.stem: path for path in sorted(RECIPES.rglob("*.toml"))}
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`section.key=value` -> nested mapping. The value is TOML (numbers, true, [lists], "strings") or a bare word."""
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"'{text}' is not an override; expected section.key=value, for example schedule.epochs=100")
+    try:
+        value = tomllib.loads(f"x = {raw}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = None if raw in ("none", "null") else raw
+    return nest(key.strip(), value)
+
+
+def nest(dotted: str, value: Any) -> dict[str, Any]:
+    """'a.b' and 1 -> {'a': {'b': 1}}."""
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Merges nested mappings in place; later values win."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), Mapping):
+            into[key] = dict(into[key])
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mapping -> (dotted key, value) pairs."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def changed_settings(old: Config, new: Config) -> list[str]:
+    """'key: old -> new' for every setting that changes the experiment; `run` and `speed` do not count."""
+    before, after = (dict(flatten(config.model_dump(mode="json", exclude={"run", "speed", "sweep", "title"}))) for config in (old, new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's raw settings shrunk so that it runs on a CPU in seconds: same depth and heads, width 4 per head, 16 patches, 3 steps."""
+    small: dict[str, Any] = json.loads(json.dumps(values))
+    encoder = small.setdefault("encoder", {})
+    shape = EncoderSettings(**{key: encoder[key] for key in ("name", "depth", "heads") if key in encoder}).resolved()
+    merge(encoder, {"image_size": 32, "patch": 8, "dim": 4 * shape["heads"], "depth": shape["depth"], "heads": shape["heads"]})
+    if "decoder" in small.get("method", {}):
+        merge(small["method"]["decoder"], {"dim": 12 * small["method"]["decoder"].get("heads", 3), "depth": 1})
+    small["schedule"] = {"batch": 8, "steps": 3, "warmup": 0.4, "eval_epochs": 0}
+    merge(small.setdefault("speed", {}), {"workers": 0, "accumulate": 1})
+    merge(small.setdefault("run", {}), {"log_steps": 1, "tensorboard": False})
+    return small
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error in a user's words."""
+    place = [str(part) for part in item["loc"]]
+    if len(place) > 1 and place[0] == "method" and place[1] in METHODS:
+        del place[1]
+    key = ".".join(place)
+    if item["type"] == "extra_forbidden":
+        known = {dotted for dotted, _ in _known_keys()}
+        return f"{key}: unknown setting{nearest(key, known)}"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        name = (item.get("input") or {}).get("name", "") if isinstance(item.get("input"), Mapping) else ""
+        return f"method.name: {repr(name) if name else 'missing'}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "value_error" or item["type"] == "missing":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {item.get('input')!r}"
+
+
+def _known_keys() -> Iterator[tuple[str, type[Section]]]:
+    """Every dotted setting there is."""
+
+    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, type[Section]]]:
+        for name, info in section.model_fields.items():
+            kind = info.annotation
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from walk(kind, f"{prefix}{name}.")
+            elif name == "method" and not prefix:
+                for entry in METHODS.values():
+                    yield from walk(entry.settings, "method.")
+            else:
+                yield f"{prefix}{name}", section
+
+    return walk(Config, "")

@@ -1,0 +1,68 @@
+"""What one step of training works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mimlet.data.masks import Mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Named views of the same B images, with masks and labels.
+
+    `views[name]` is [B,3,H,W]: uint8 as the loader makes it, float32 normalised after `prepare`. Most methods have the one
+    view `image`; multi-crop methods have more (`global0`, `local3`), all drawn from the same sample.
+    `masks[name]`: see `Mask`; most methods have the one mask `mask`. `labels` [B] int64, -1 where unknown.
+    `indices` [B]: the positions in the data set. `unreadable`: (name, reason) of files that had to be replaced.
+    """
+
+    views: dict[str, Tensor]
+    indices: Tensor
+    masks: dict[str, Mask] = field(default_factory=dict)
+    labels: Tensor | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def images(self) -> Tensor:
+        """The view `image`, [B,3,H,W]."""
+        return self.views["image"]
+
+    @property
+    def mask(self) -> Mask:
+        """The mask `mask`."""
+        return self.masks["mask"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def prepare(self, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
+        """Moves to the device and turns uint8 views into normalised float32: (x / 255 - mean) / std per channel."""
+        views = {}
+        for name, view in self.views.items():
+            moved = view.to(device, non_blocking=True)
+            if moved.dtype == torch.uint8:
+                scale = torch.tensor([1 / (255 * s) for s in std], device=moved.device).view(1, 3, 1, 1)
+                shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=moved.device).view(1, 3, 1, 1)
+                moved = moved.float().mul_(scale).sub_(shift)
+            views[name] = moved
+        return replace(
+            self,
+            views=views,
+            indices=self.indices.to(device, non_blocking=True),
+            masks={name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()},
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the data loader)."""
+        return replace(
+            self,
+            views={name: view.pin_memory() for name, view in self.views.items()},
+            indices=self.indices.pin_memory(),
+            masks={name: mask.pin_memory() for name, mask in self.masks.items()},
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )

@@ -1,0 +1,15 @@
+"""What the machine can do."""
+
+from __future__ import annotations
+
+import torch
+
+
+def computes_in_bf16(device_type: str) -> bool:
+    """Whether matrix products in bfloat16 are native (and so faster than float32) on this kind of device."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if device_type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+    return False

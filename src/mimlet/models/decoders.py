@@ -1,0 +1,51 @@
+"""Decoders that predict every patch from the visible tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimlet.data.masks import Mask
+from mimlet.models.parts import NORM_EPS, Block, init_mae, sincos_positions
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: `(latent of visible tokens, mask) -> prediction per patch`.
+
+    Tokens are kept in the order (class token, visible, hidden) and get their own position there: attention does not care about order, and so
+    nothing has to be un-shuffled. Names: `embed`, `mask_token`, `pos_embed`, `blocks`, `norm`, `pred` (officially with the prefix `decoder_`).
+    """
+
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], prefix: int, out: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.prefix, self.dim, self.grid = prefix, dim, grid
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        table = F.pad(sincos_positions(dim, *grid), (0, 0, prefix, 0))[None]
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.pred = nn.Linear(dim, out)
+        self.apply(init_mae)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, mask: Mask, hidden_only: bool = False) -> Tensor:
+        """Latent [B,P+V,D] of the visible tokens in the order of `mask.ids_keep` -> predictions [B,N,out] in raster order.
+
+        With `hidden_only`, predictions [B,N-V,out] of the hidden patches in the order of `mask.ids_hidden`; the visible ones are not computed.
+        """
+        visible = self.embed(latent)
+        order = mask.order
+        blank = self.mask_token.to(visible.dtype).expand(len(latent), order.shape[1] - (visible.shape[1] - self.prefix), -1)
+        positions = self.pos_embed[0, self.prefix :][order]
+        if self.prefix:
+            positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(latent), -1, -1), positions], dim=1)
+        x = torch.cat([visible, blank], dim=1) + positions
+        for block in self.blocks:
+            x = block(x)
+        if hidden_only:
+            return self.pred(self.norm(x[:, visible.shape[1] :]))
+        assert mask.ids_restore is not None
+        prediction = self.pred(self.norm(x[:, self.prefix :]))
+        return prediction.gather(1, mask.ids_restore[..., None].expand(-1, -1, prediction.shape[-1]))

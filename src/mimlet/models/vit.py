@@ -1,0 +1,246 @@
+"""The plain vision transformer, with taps.
+
+Parameter names follow timm's ViT, so that weights travel: `cls_token`, `pos_embed`, `patch_embed.proj`,
+`blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}`, `norm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimlet.data.masks import Mask
+from mimlet.errors import ConfigError
+from mimlet.models.features import Features, Taps
+from mimlet.models.parts import (
+    NORM_EPS,
+    Block,
+    attend,
+    attention_logits,
+    init_mae,
+    relative_index,
+    resize_positions,
+    sincos_positions,
+)
+
+if TYPE_CHECKING:
+    from mimlet.config import EncoderSettings
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """Everything that fixes a plain ViT's architecture. Stored with exported weights."""
+
+    image_size: int = 224
+    patch: int = 16
+    dim: int = 192
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    position: Literal["sincos", "learned"] = "sincos"
+    relative: Literal["none", "full", "qv"] = "none"
+    layer_scale: float | None = None
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of p x p patches, held as a convolution as in every public checkpoint."""
+
+    def __init__(self, patch: int, dim: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """[B,3,h,w] -> [B,N,D] in raster order; with `ids` [B,V] only those patches are read and embedded, [B,V,D]."""
+        if ids is None:
+            return self.proj(images).flatten(2).transpose(1, 2)
+        B, _, height, width = images.shape
+        p, columns = self.patch, width // self.patch
+        tiles = images.view(B, 3, height // p, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        batch = torch.arange(B, device=images.device)[:, None]
+        visible = tiles[batch, ids // columns, ids % columns].flatten(2)
+        return F.linear(visible, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """Plain ViT encoder: `(images, mask, fill, taps) -> Features`.
+
+    With a mask and no `fill`, hidden patches are dropped before embedding (MAE); with `fill` [1,1,D], their embeddings are
+    replaced by it (SimMIM, BEiT). Inputs of another size work: positions are interpolated (not the relative ones).
+    """
+
+    def __init__(self, shape: ViTShape, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.patch, self.dim, self.depth, self.heads = shape.patch, shape.dim, shape.depth, shape.heads
+        self.prefix = int(shape.class_token)
+        side = shape.image_size // shape.patch
+        self.grid = (side, side)
+        self.units = side * side
+        self.patch_embed = PatchEmbed(shape.patch, shape.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.units, shape.dim))
+        relative = self.grid if shape.relative != "none" else None
+        rates = torch.linspace(0, drop_path, shape.depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                shape.dim,
+                shape.heads,
+                shape.mlp_ratio,
+                "qv" if shape.relative == "qv" else "qkv",
+                relative,
+                shape.layer_scale,
+                rate,
+            )
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
+        self.relative_position_index: Tensor | None
+        index = relative_index(*self.grid, self.prefix) if relative else None
+        self.register_buffer("relative_position_index", index, persistent=False)
+        self.init_mae_()
+
+    @torch.no_grad()
+    def init_mae_(self) -> None:
+        """MAE's initialisation. A sin-cos table is fixed; fine-tuning makes it trainable."""
+        self.apply(init_mae)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if self.shape.position == "sincos":
+            self.pos_embed.copy_(F.pad(sincos_positions(self.dim, *self.grid), (0, 0, self.prefix, 0))[None])
+            self.pos_embed.requires_grad_(False)
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    @torch.no_grad()
+    def init_classifier_(self) -> None:
+        """timm 0.4.12's initialisation for training with labels: truncated normal 0.02 everywhere, trainable positions.
+
+        With relative positions, the output layers of block i are divided by sqrt(2 i), as in MAE-lite's RPE model.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.patch_embed.proj.reset_parameters()
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed.requires_grad_(True)
+        if self.shape.relative != "none":
+            for i, block in enumerate(self.blocks, 1):
+                assert isinstance(block, Block)
+                block.attn.proj.weight.div_((2 * i) ** 0.5)
+                block.mlp.fc2.weight.div_((2 * i) ** 0.5)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The table [1, P + N, D] for a grid of patches."""
+        if grid != self.grid and self.relative_position_index is not None:
+            raise ConfigError(
+                f"an encoder with relative positions is fixed to its grid of {self.grid[0]} x {self.grid[1]} patches "
+                f"({self.shape.image_size} px); got {grid[0]} x {grid[1]}. Load it at that image_size instead"
+            )
+        return resize_positions(self.pos_embed, self.grid, grid, self.prefix)
+
+    def embed(self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens [B,T,D] that enter block 1, and the grid of the whole image."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ConfigError(f"image of {height} x {width} px is not divisible by the patch of {self.patch} px; resize or pad it")
+        grid = (height // self.patch, width // self.patch)
+        if mask is not None and mask.hidden.shape[1] != grid[0] * grid[1]:
+            raise ConfigError(f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree")
+        table = self.positions(grid)
+        patch_table = table[:, self.prefix :]
+        if mask is not None and fill is None:
+            assert mask.ids_keep is not None, "dropping needs equally many visible units per image"
+            x = self.patch_embed(images, mask.ids_keep) + patch_table[0][mask.ids_keep]
+        else:
+            x = self.patch_embed(images)
+            if mask is not None and fill is not None:
+                x = torch.where(mask.hidden[..., None], fill.to(x.dtype), x)
+            x = x + patch_table
+        if self.cls_token is not None:
+            x = torch.cat([(self.cls_token + table[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return x, grid
+
+    def _bias_index(self, mask: Mask | None, fill: Tensor | None) -> Tensor | None:
+        """Index of the relative bias for the tokens at hand: [T,T], or [B,T,T] when patches were dropped."""
+        index = self.relative_position_index
+        if index is None or mask is None or fill is not None or mask.ids_keep is None:
+            return index
+        ids = F.pad(mask.ids_keep + self.prefix, (self.prefix, 0))
+        return index[ids[:, :, None], ids[:, None, :]]
+
+    def forward(self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None, taps: Taps | None = None) -> Features:
+        """Encodes normalised images [B,3,h,w] and returns what `taps` asks for; runs no block and no part of a block beyond that."""
+        taps = taps or Taps()
+        self._check(taps)
+        x, grid = self.embed(images, mask, fill)
+        index = self._bias_index(mask, fill)
+        out = Features(self.prefix, grid)
+        whole = self.depth if taps.tokens else max([*taps.hidden, *taps.normed, *(i - 1 for i in (*taps.attention, *taps.qkv)), 0])
+        if 0 in taps.hidden:
+            out.hidden[0] = x
+        for number, block in enumerate(self.blocks, 1):
+            assert isinstance(block, Block)
+            attention, qkv, normed = number in taps.attention, number in taps.qkv, number - 1 in taps.normed
+            if number > whole and not (attention or qkv or normed):
+                break
+            if not (attention or qkv or normed):
+                x = block(x, index)
+            else:
+                y = block.norm1(x)
+                if normed:
+                    out.normed[number - 1] = y
+                if number > whole and not (attention or qkv):
+                    break
+                q, k, *v = block.attn.project(y, 3 if number <= whole or qkv else 2)
+                if qkv:
+                    out.qkv[number] = (q, k, v[0])
+                bias = block.attn.bias(index)
+                if attention:
+                    out.attention[number] = attention_logits(q, k, bias)
+                if number > whole:
+                    break
+                heads = out.attention[number].softmax(dim=-1) @ v[0] if attention else attend(q, k, v[0], bias)
+                x = block.add_mlp(block.add_attention(x, block.attn.output(heads)))
+            if number in taps.hidden:
+                out.hidden[number] = x
+        if taps.tokens or self.depth in taps.normed:
+            x = self.norm(x)
+            if self.depth in taps.normed:
+                out.normed[self.depth] = x
+            out.tokens = x if taps.tokens else None
+        return out
+
+    def _check(self, taps: Taps) -> None:
+        low = {"hidden": 0, "normed": 0, "attention": 1, "qkv": 1}
+        for kind, first in low.items():
+            wrong = [i for i in getattr(taps, kind) if not first <= i <= self.depth]
+            if wrong:
+                raise ConfigError(f"no {kind} of block {wrong[0]}: this encoder has blocks {first} to {self.depth}")
+        if taps.levels:
+            raise ConfigError("a plain ViT has no pyramid levels; ask for hidden=(...) and resize, or use a hierarchical encoder")
+
+
+def shape_of(settings: EncoderSettings) -> ViTShape:
+    """The architecture that settings describe."""
+    numbers = settings.resolved()
+    same = ("image_size", "mlp_ratio", "class_token", "position", "relative", "layer_scale")
+    return ViTShape(**numbers, **{key: getattr(settings, key) for key in same})
+
+
+def build_encoder(settings: EncoderSettings) -> ViT:
+    """A freshly initialised (MAE's init) encoder. Weights are loaded by `mimlet.models.weights`."""
+    return ViT(shape_of(settings), settings.drop_path)

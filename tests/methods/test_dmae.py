@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mimlet.errors import ConfigError
+from mimlet.methods.dmae import DMAE
+from mimlet.models.features import Taps
+from mimlet.models.teacher import Teacher
+from mimlet.models.vit import ViT, ViTShape
+from tests.methods.official import CLOCK, make_batch, make_decoder, make_encoder, part
+from tests.shared import Golden, golden
+
+STUDENT = ViTShape(32, 8, 24, 3, 6)
+TEACHER = ViTShape(32, 8, 32, 3, 4)
+
+
+def build(oracle: Golden, **options: object) -> DMAE:
+    weights = part(oracle.weights, "model.")
+    encoder = make_encoder(weights, STUDENT)
+    decoder = make_decoder(weights, encoder, 16, 1, 2)
+    teacher = Teacher(make_encoder(part(oracle.weights, "tch_model."), TEACHER))
+    return DMAE(encoder, decoder, teacher, **options)  # type: ignore[arg-type]
+
+
+def our_name(official: str, method: DMAE, extra: int = -1) -> str:
+    name = official.removeprefix("model.")
+    if official.startswith("attn_adapter.adapter"):
+        layer = int(name.split("adapter")[2].split(".")[0]) + 1
+        return f"head_maps.{[t for _, t in method.attention_pairs].index(layer)}.weight"
+    if official.startswith("hidden_adapter.adapter"):
+        layer = int(name.split("adapter")[2].split(".")[0])
+        return f"feature_maps.{[t for _, t in method.hidden_pairs].index(layer)}.weight"
+    if extra >= 0 and name.startswith(f"blocks.{extra}."):
+        return "extra." + name.removeprefix(f"blocks.{extra}.")
+    return f"encoder.{name}"
+
+
+def load_maps(method: DMAE, oracle: Golden) -> None:
+    parameters = dict(method.named_parameters())
+    for name, value in oracle.weights.items():
+        if "_adapter." in name:
+            try:
+                ours = parameters[our_name(name, method)]
+            except ValueError:  # a map of the other run
+                continue
+            ours.data.copy_(value.flatten(1))
+
+
+@pytest.mark.parametrize("run", ["dmae", "mixed"])
+def test_equals_official_distillation(run: str) -> None:
+    oracle = golden("mae_lite_distill")
+    settings = oracle.meta["constructor"]["runs"][run]
+    method = build(
+        oracle,
+        attention=[(i, i) for i in settings["distill_attn_idx"]],
+        hidden=[(i, i) for i in settings["distill_hidden_idx"]],
+        attention_weight=settings["distill_attn_alpha"],
+        hidden_weight=settings["distill_hidden_alpha"],
+    )
+    load_maps(method, oracle)
+    batch = make_batch(oracle.io, 0.75)
+    losses = method(batch, CLOCK)
+    assert_close(losses["reconstruction"], oracle.io["reconstruction_loss"][0], **oracle.tolerance)
+    assert_close(losses["attention"], oracle.io[f"{run}.attn_loss"][0], **oracle.tolerance)
+    if method.hidden_pairs:
+        assert_close(losses["hidden"], oracle.io[f"{run}.hidden_loss"][0], **oracle.tolerance)
+    total = sum(method.weights[name] * loss for name, loss in losses.items())
+    assert_close(total, oracle.io[f"{run}.total_loss"][0], **oracle.tolerance)
+
+    student = method.encoder(batch.images, batch.mask, taps=method.student_taps)
+    teacher = method.teacher(batch.images, batch.mask, taps=method.teacher_taps)
+    for i, _ in method.attention_pairs:
+        assert_close(student.attention[i], oracle.io[f"{run}.student_attn.{i}"], **oracle.tolerance)
+        assert_close(teacher.attention[i], oracle.io[f"{run}.teacher_attn.{i}"], **oracle.tolerance)
+    for i, _ in method.hidden_pairs:
+        assert_close(student.normed[i], oracle.io[f"{run}.student_hidden.{i}"], **oracle.tolerance)
+        assert_close(teacher.normed[i], oracle.io[f"{run}.teacher_hidden.{i}"], **oracle.tolerance)
+
+    total.backward()
+    gradients = {name: p.grad for name, p in method.named_parameters()}
+    expected = {k.removeprefix(f"{run}.grad."): v for k, v in oracle.io.items() if k.startswith(f"{run}.grad.")}
+    assert len(expected) >= 4
+    for name, value in expected.items():
+        ours = gradients[our_name(name, method)]
+        assert_close(ours.view_as(value), value, **oracle.tolerance)
+
+
+def test_equals_official_decoupled_distillation() -> None:
+    oracle = golden("mae_lite_distill_d2")
+    method = build(oracle, attention=[(4, 3)], decode_layer=2, extra_block=True)
+    load_maps(method, oracle)
+    extra = {name: oracle.weights[f"model.blocks.3.{name}"] for name in method.extra.state_dict()}
+    method.extra.load_state_dict(extra)
+    batch = make_batch(oracle.io, 0.75)
+    losses = method(batch, CLOCK)
+    assert_close(losses["reconstruction"], oracle.io["reconstruction_loss"][0], **oracle.tolerance)
+    assert_close(losses["attention"], oracle.io["attn_loss"][0], **oracle.tolerance)
+    total = losses["reconstruction"] + losses["attention"]
+    assert_close(total, oracle.io["total_loss"][0], **oracle.tolerance)
+
+    student = method.encoder(batch.images, batch.mask, taps=Taps(hidden=(2, 3), tokens=False))
+    assert_close(student.hidden[2], oracle.io["student_block_out_at_decode"], **oracle.tolerance)
+    assert_close(student.hidden[3], oracle.io["student_last_full_block_out"], **oracle.tolerance)
+    assert_close(method.extra(student.hidden[3]), oracle.io["student_attn"], **oracle.tolerance)
+    latent = method.encoder.norm(student.hidden[2])
+    assert_close(latent, oracle.io["latent_for_decoder"], **oracle.tolerance)
+    assert_close(method.decoder(latent, batch.mask), oracle.io["pred"], **oracle.tolerance)
+
+    total.backward()
+    gradients = {name: p.grad for name, p in method.named_parameters()}
+    expected = {k.removeprefix("grad."): v for k, v in oracle.io.items() if k.startswith("grad.")}
+    assert len(expected) == 5
+    for name, value in expected.items():
+        ours = gradients[our_name(name, method, extra=3)]
+        assert_close(ours.view_as(value), value, **oracle.tolerance)
+
+
+def small(**options: object) -> DMAE:
+    encoder = ViT(STUDENT)
+    return DMAE(encoder, None, Teacher(ViT(TEACHER)), **options)  # type: ignore[arg-type]
+
+
+def test_without_reconstruction_only_attention_is_minimised() -> None:
+    method = small(attention=[(3, 3)])
+    assert method.weights == {"attention": 1.0}
+    assert not method.student_taps.tokens
+
+
+def test_literal_form_warns_about_untrained_weights() -> None:
+    encoder = ViT(STUDENT)
+    from mimlet.methods.mae import build_decoder
+    from mimlet.methods.settings import DecoderSettings
+
+    decoder = build_decoder(encoder, DecoderSettings(dim=12))
+    with pytest.warns(UserWarning, match="stay as initialised"):
+        DMAE(encoder, decoder, Teacher(ViT(TEACHER)), attention=[(3, 3)], decode_layer=2)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"attention": [(4, 3)]}, r"no pair \(4, 3\); the student has layers 1 to 3"),
+    ({"attention": [(3, 4)]}, "the teacher 1 to 3"),
+    ({"attention": []}, "distils nothing"),
+    ({"attention": [(3, 3)], "decode_layer": 9}, "1 to 3"),
+])
+def test_impossible_layers_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(**options)
+
+
+def test_teacher_is_left_alone() -> None:
+    method = small(attention=[(3, 3)])
+    method.train()
+    assert not method.teacher.training
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+    assert torch.equal(method.teacher.scale, torch.ones_like(method.teacher.scale))
