@@ -1,12 +1,13 @@
 """The configuration of a run: typed sections, recipe files, command-line overrides. The only parser in mimlet.
 
-Free of torch, so that a wrong setting is answered at once. Two sections never change results: `run` and, up to rounding,
-`speed`. Everything else is the experiment; a resumed run must repeat it (see `changed_settings`).
+Free of torch, so that a wrong setting is answered at once. Two sections never change results: `run` and, up to
+rounding, `speed`. Everything else is the experiment; a resumed run must repeat it (see `changed_settings`).
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,8 +16,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from mimlet.errors import ConfigError
-from mimlet.methods.settings import METHODS, MethodSettings
+from mimlet.errors import ConfigError, DataError
+from mimlet.methods.settings import (
+    METHODS,
+    ClassifySettings,
+    DMAESettings,
+    LinearProbeSettings,
+    MAESettings,
+    MethodSettings,
+)
 from mimlet.models.zoo import SIZES
 from mimlet.section import Section
 
@@ -37,11 +45,15 @@ class EncoderSettings(Section):
     mlp_ratio: float = Field(4.0, gt=0)
     class_token: bool = True
     position: Literal["sincos", "learned"] = "sincos"
-    relative: Literal["none", "full", "qv"] = Field("none", description="relative position bias; full: qkv bias kept, qv: the 2023 form")
+    relative: Literal["none", "full", "qv"] = Field(
+        "none", description="relative position bias; full: qkv bias kept, qv: the 2023 form"
+    )
     layer_scale: float | None = None
     drop_path: float = Field(0.0, ge=0, lt=1)
     weights: str | None = Field(None, description="run folder or file to start from")
-    keep_blocks: int | None = Field(None, ge=0, description="use only the first k blocks of `weights`; the others start fresh")
+    keep_blocks: int | None = Field(
+        None, ge=0, description="use only the first k blocks of `weights`; the others start fresh"
+    )
 
     @model_validator(mode="after")
     def _known_and_divisible(self) -> EncoderSettings:
@@ -72,7 +84,9 @@ class TeacherSettings(Section):
     path: str | None = None
     name: str | None = Field(None, description="zoo name of the file's architecture; none: read from its shapes")
     heads: int = Field(0, ge=0, description="needed where a file does not tell and the width has several customs")
-    precision: Literal["auto", "32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes in it, else 32")
+    precision: Literal["auto", "32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware computes in it, else 32"
+    )
 
 
 class AugmentSettings(Section):
@@ -80,23 +94,34 @@ class AugmentSettings(Section):
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: Literal["bicubic", "bilinear", "random"] = Field("random", description="random: bilinear or bicubic per crop")
+    interpolation: Literal["bicubic", "bilinear", "random"] = Field(
+        "random", description="random: bilinear or bicubic per crop"
+    )
     flip: float = Field(0.5, ge=0, le=1)
-    pad_crop: int = Field(0, ge=0, description="instead of a resized crop: pad by so many pixels and crop back (small images)")
+    pad_crop: int = Field(
+        0, ge=0, description="instead of a resized crop: pad by so many pixels and crop back (small images)"
+    )
     color_jitter: float = Field(0.0, ge=0)
     randaugment: str = Field("", description="timm's notation, e.g. rand-m10-mstd0.5-inc1; empty: off")
-    eval_crop: float = Field(0.875, gt=0, le=1, description="evaluation: resize short side to size / eval_crop, then centre crop")
+    eval_crop: float = Field(
+        0.875, gt=0, le=1, description="evaluation: resize short side to size / eval_crop, then centre crop"
+    )
     eval_interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
 
 class DataSettings(Section):
-    """Where images come from. `path` takes folders, .tar/.zip archives, .parquet files, list files (.txt), `torchvision:NAME:ROOT`."""
+    """Where images come from.
+
+    `path` takes folders, .tar/.zip archives, .parquet files, list files (.txt), `torchvision:NAME:ROOT`.
+    """
 
     path: list[str] = []
     eval: list[str] = Field([], description="labelled images for evaluation; empty: no evaluation")
-    subset: str = Field("", description="'1%', '10%', '25' (images per class), 'lt' (long-tailed), or a list file; empty: all")
+    subset: str = Field(
+        "", description="'1%', '10%', '25' (images per class), 'lt' (long-tailed), or a list file; empty: all"
+    )
     subset_seed: int = 0
     max_unreadable: float = Field(0.1, ge=0, le=1, description="share of unreadable files above which a run stops")
     index: bool = Field(True, description="cache the list of files so that the next start is fast")
@@ -111,7 +136,10 @@ class OptimSettings(Section):
     lr_batch: int = Field(256, ge=0)
     min_lr: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
-    decay_tokens: bool = Field(True, description="whether class token, mask token and position tables decay (MAE pre-training: yes; fine-tuning: no)")
+    decay_tokens: bool = Field(
+        True,
+        description="whether class token, mask token and position tables decay (pre-training: yes; fine-tuning: no)",
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.9
@@ -128,23 +156,32 @@ class ScheduleSettings(Section):
     steps: int = Field(0, ge=0, description="instead of epochs")
     warmup_epochs: float = Field(0, ge=0)
     warmup: float = Field(0, ge=0, lt=1, description="instead of warmup_epochs: fraction of the whole training")
-    eval_epochs: float = Field(10, ge=0, description="evaluate every so many epochs, and at the end; 0: only at the end")
+    eval_epochs: float = Field(
+        10, ge=0, description="evaluate every so many epochs, and at the end; 0: only at the end"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleSettings:
         if bool(self.epochs) == bool(self.steps):
-            raise ValueError("set exactly one of epochs and steps" + (f" (got epochs {self.epochs} and steps {self.steps})" if self.steps else " (got none)"))
+            raise ValueError(
+                "set exactly one of epochs and steps"
+                + (f" (got epochs {self.epochs} and steps {self.steps})" if self.steps else " (got none)")
+            )
         if self.warmup and self.warmup_epochs:
             raise ValueError("set at most one of warmup and warmup_epochs")
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be shorter than the {self.epochs} epochs of training")
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} must be shorter than the {self.epochs} epochs of training"
+            )
         return self
 
 
 class SpeedSettings(Section):
     """How fast, not what: results change at most by rounding."""
 
-    precision: Literal["auto", "32", "bf16", "16"] = Field("auto", description="auto: bf16 where the hardware computes in it, else 32")
+    precision: Literal["auto", "32", "bf16", "16"] = Field(
+        "auto", description="auto: bf16 where the hardware computes in it, else 32"
+    )
     accumulate: int = Field(1, ge=1, description="split each batch into so many pieces per device")
     workers: int = Field(-1, ge=-1, description="loader processes per device; -1: the processors there are, at most 8")
     compile: bool = False
@@ -178,22 +215,44 @@ class Config(Section):
     schedule: ScheduleSettings
     speed: SpeedSettings = SpeedSettings()
     run: RunSettings = RunSettings()
-    sweep: dict[str, list[Any]] = Field({}, description="dotted settings (several joined by commas move together) -> values to try")
+    sweep: dict[str, list[Any]] = Field(
+        {}, description="dotted settings (several joined by commas move together) -> values to try"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        needs = METHODS[self.method.name]
-        distills = getattr(getattr(self.method, "distill", None), "kind", "none") != "none"
-        if (needs.teacher or distills) and not self.teacher.path:
-            raise ValueError(f"method '{self.method.name}' needs a teacher: give --teacher (a run folder, a checkpoint file, or timm:NAME)")
+        method, problems = self.method, []
+        distils = isinstance(method, ClassifySettings) and method.distill.kind != "none"
+        if (METHODS[method.name].teacher or distils) and not self.teacher.path:
+            problems.append(
+                f"teacher.path: method '{method.name}' needs a teacher{' for method.distill' if distils else ''}; "
+                "give --teacher (a run folder, a checkpoint file, or timm:NAME)"
+            )
+        if isinstance(method, LinearProbeSettings) and not self.encoder.weights:
+            problems.append(
+                "encoder.weights: a linear probe needs a trained encoder; give --encoder (a run folder or a file)"
+            )
+        if isinstance(method, MAESettings | DMAESettings):
+            heads = method.decoder.heads
+            width = method.decoder.dim or self.encoder.resolved()["dim"] // 2
+            if width % heads or width % 4:
+                problems.append(
+                    f"method.decoder: width {width} must be divisible by its {heads} heads, "
+                    "and by 4 for the 2-D sin-cos positions"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None
+) -> Config:
     """Reads a recipe and applies overrides.
 
-    `source` is a recipe's name (see `recipe_paths`), a .toml or .json file (a run's `config.json` repeats it), or a mapping. `base` is merged over
-    the recipe (the command line's named options), then `overrides` of the form `section.key=value`, value in TOML or a bare word.
+    `source` is a recipe's name (see `recipe_paths`), a .toml or .json file (a run's `config.json` repeats it), or a
+    mapping. `base` is merged over the recipe (the command line's named options), then `overrides` of the form
+    `section.key=value`, value in TOML or a bare word.
     Raises `ConfigError` with every problem at once.
     """
     values = dict(source) if isinstance(source, Mapping) else read_recipe(source)
@@ -208,7 +267,9 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        method = values.get("method")
+        chosen = str(method.get("name", "")) if isinstance(method, Mapping) else ""
+        lines = [line for item in error.errors() for line in _explain(item, chosen).split("\n")]
         count = f"{len(lines)} wrong setting{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"{count}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -218,7 +279,10 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     known = recipe_paths()
     path = known.get(str(source), Path(source))
     if not path.is_file():
-        raise ConfigError(f"no recipe '{source}'{nearest(str(source), known)}; `mimlet recipes` lists them, or give a .toml or config.json file")
+        raise ConfigError(
+            f"no recipe '{source}'{nearest(str(source), known)}; "
+            "`mimlet recipes` lists them, or give a .toml or config.json file"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -230,6 +294,22 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
 def recipe_paths() -> dict[str, Path]:
     """Shipped recipes by name (the file's stem)."""
     return {path.stem: path for path in sorted(RECIPES.rglob("*.toml"))}
+
+
+def recipe_header(path: Path) -> dict[str, str]:
+    """What a recipe's leading comment says, by key: the `# key: text` lines, continued by deeper indented ones."""
+    header: dict[str, str] = {}
+    key = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#")
+        word, colon, rest = text.strip().partition(": ")
+        if colon and word.isidentifier() and not text.startswith("  "):
+            key, text = word, rest
+        if key:
+            header[key] = f"{header.get(key, '')} {text.strip()}".strip()
+    return header
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -273,7 +353,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     """'key: old -> new' for every setting that changes the experiment; `run` and `speed` do not count."""
-    before, after = (dict(flatten(config.model_dump(mode="json", exclude={"run", "speed", "sweep", "title"}))) for config in (old, new))
+    before, after = (
+        dict(flatten(config.model_dump(mode="json", exclude={"run", "speed", "sweep", "title"})))
+        for config in (old, new)
+    )
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -281,18 +364,103 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     ]
 
 
+def sweep_points(config: Config) -> list[tuple[dict[str, Any], Config]]:
+    """Every combination of the recipe's `sweep`: (the settings tried, by dotted key; the configuration of that point).
+
+    A sweep's key is one dotted setting with a list of values, or several joined by commas with a list of lists: these
+    move together. All points are checked before any of them trains; raises `ConfigError`.
+    """
+    base = config.model_dump(mode="json", exclude={"sweep"})
+    points = []
+    for values in itertools.product(*config.sweep.values()):
+        tried: dict[str, Any] = {}
+        for joined, value in zip(config.sweep, values, strict=True):
+            keys = [key.strip() for key in joined.split(",")]
+            parts = value if len(keys) > 1 else [value]
+            if not isinstance(parts, list) or len(parts) != len(keys):
+                raise ConfigError(
+                    f"sweep.'{joined}': expected lists of {len(keys)} values, one for each setting, got {value!r}"
+                )
+            tried |= zip(keys, parts, strict=True)
+        point = dict(base)
+        for key, value in tried.items():
+            merge(point, nest(key, value))
+        points.append((tried, validate(point)))
+    return points
+
+
+def set_length(values: dict[str, Any], epochs: float | None = None, steps: int | None = None) -> None:
+    """Gives raw settings another length of training, in place.
+
+    Warm-up epochs stay as they are in a longer training and keep their share of a shorter one, or of one in steps.
+    """
+    if epochs is not None and steps is not None:
+        raise ConfigError("give a length in epochs or in steps, not both")
+    schedule = values["schedule"] = dict(values.get("schedule", {}))
+    before, warmup = schedule.get("epochs", 0), schedule.get("warmup_epochs", 0)
+    share = warmup / before if before else 0
+    if epochs is not None:
+        schedule.update(epochs=epochs, steps=0)
+        if share:
+            schedule["warmup_epochs"] = min(warmup, share * epochs)
+    if steps is not None:
+        schedule.update(epochs=0, steps=steps)
+        if share:
+            schedule.update(warmup_epochs=0, warmup=share)
+
+
 def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's raw settings shrunk so that it runs on a CPU in seconds: same depth and heads, width 4 per head, 16 patches, 3 steps."""
+    """A recipe's raw settings shrunk so that it runs on a CPU in seconds.
+
+    Depth and heads stay; width becomes 4 per head, the image 16 patches, the training 3 steps. A sweep keeps two values
+    of each setting, and loses those of the length.
+    """
     small: dict[str, Any] = json.loads(json.dumps(values))
     encoder = small.setdefault("encoder", {})
     shape = EncoderSettings(**{key: encoder[key] for key in ("name", "depth", "heads") if key in encoder}).resolved()
-    merge(encoder, {"image_size": 32, "patch": 8, "dim": 4 * shape["heads"], "depth": shape["depth"], "heads": shape["heads"]})
-    if "decoder" in small.get("method", {}):
-        merge(small["method"]["decoder"], {"dim": 12 * small["method"]["decoder"].get("heads", 3), "depth": 1})
+    width = 4 * shape["heads"]
+    merge(encoder, {"image_size": 32, "patch": 8, "dim": width, "depth": shape["depth"], "heads": shape["heads"]})
+    method = small["method"]
+    if "decoder" in METHODS[method["name"]].settings.model_fields:
+        decoder = method.setdefault("decoder", {})
+        merge(decoder, {"depth": 1, "dim": 4 * decoder.setdefault("heads", 3)})
     small["schedule"] = {"batch": 8, "steps": 3, "warmup": 0.4, "eval_epochs": 0}
-    merge(small.setdefault("speed", {}), {"workers": 0, "accumulate": 1})
+    small["sweep"] = {
+        key: tried[:2] for key, tried in small.get("sweep", {}).items() if not key.startswith("schedule.")
+    }
+    merge(small.setdefault("speed", {}), {"workers": 0, "accumulate": 1, "compile": False})
     merge(small.setdefault("run", {}), {"log_steps": 1, "tensorboard": False})
     return small
+
+
+def check_inputs(config: Config) -> None:
+    """Is everything there that the settings name? Raises `DataError` with all that is missing; opens no file."""
+    if not config.data.path:
+        raise DataError(
+            "no images: give --data (a folder, an archive, a .parquet or list file, or torchvision:NAME:ROOT)"
+        )
+    named = [("data.path", path) for path in config.data.path] + [("data.eval", path) for path in config.data.eval]
+    named += [("encoder.weights", config.encoder.weights or ""), ("teacher.path", config.teacher.path or "")]
+    subset = config.data.subset
+    if not (subset.removesuffix("%").replace(".", "", 1).isdigit() or subset == "lt"):
+        named.append(("data.subset", subset))
+    missing = [
+        f"{key}: {missing_path(path)}"
+        for key, path in named
+        if path and not path.startswith(("torchvision:", "timm:")) and not Path(path).exists()
+    ]
+    if missing:
+        raise DataError("\n".join(missing))
+
+
+def missing_path(path: str | Path) -> str:
+    """'no such file or folder PATH', with the nearest name beside it."""
+    path = Path(path)
+    try:
+        beside = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)]
+    except OSError:
+        beside = []
+    return f"no such file or folder '{path}'{nearest(path.name, beside)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -301,36 +469,35 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def _explain(item: Any) -> str:
-    """One pydantic error in a user's words."""
+def _explain(item: Any, method: str) -> str:
+    """One pydantic error in a user's words, on several lines where one check found several problems."""
     place = [str(part) for part in item["loc"]]
     if len(place) > 1 and place[0] == "method" and place[1] in METHODS:
         del place[1]
     key = ".".join(place)
     if item["type"] == "extra_forbidden":
-        known = {dotted for dotted, _ in _known_keys()}
-        return f"{key}: unknown setting{nearest(key, known)}"
+        owners = [name for name in METHODS if key in _known_keys(name)]
+        if owners and method not in owners:
+            return f"{key}: not a setting of method '{method}', but of {', '.join(owners)}"
+        return f"{key}: unknown setting{nearest(key, _known_keys(method))}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         name = (item.get("input") or {}).get("name", "") if isinstance(item.get("input"), Mapping) else ""
-        return f"method.name: {repr(name) if name else 'missing'}{nearest(str(name), METHODS)}; known: {', '.join(METHODS)}"
+        what = f"{name!r}{nearest(str(name), METHODS)}" if name else "missing"
+        return f"method.name: {what}; known: {', '.join(METHODS)}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "value_error" or item["type"] == "missing":
         return f"{key}: {message}" if key else message
     return f"{key}: {message}, got {item.get('input')!r}"
 
 
-def _known_keys() -> Iterator[tuple[str, type[Section]]]:
-    """Every dotted setting there is."""
+def _known_keys(method: str) -> list[str]:
+    """Every dotted setting there is with this method, sections included."""
 
-    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, type[Section]]]:
+    def walk(section: type[Section], prefix: str) -> Iterator[str]:
         for name, info in section.model_fields.items():
-            kind = info.annotation
+            yield f"{prefix}{name}"
+            kind = METHODS[method].settings if name == "method" and method in METHODS else info.annotation
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from walk(kind, f"{prefix}{name}.")
-            elif name == "method" and not prefix:
-                for entry in METHODS.values():
-                    yield from walk(entry.settings, "method.")
-            else:
-                yield f"{prefix}{name}", section
 
-    return walk(Config, "")
+    return list(walk(Config, ""))

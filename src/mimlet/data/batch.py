@@ -46,7 +46,9 @@ class Batch:
             moved = view.to(device, non_blocking=True)
             if moved.dtype == torch.uint8:
                 scale = torch.tensor([1 / (255 * s) for s in std], device=moved.device).view(1, 3, 1, 1)
-                shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=moved.device).view(1, 3, 1, 1)
+                shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=moved.device).view(
+                    1, 3, 1, 1
+                )
                 moved = moved.float().mul_(scale).sub_(shift)
             views[name] = moved
         return replace(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimlet.data.batch import Batch
@@ -21,6 +20,7 @@ from mimlet.methods.mae import build_decoder, reconstruction_pictures
 from mimlet.methods.settings import DMAESettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
+from mimlet.models.linear import Linear, linear
 from mimlet.models.parts import NORM_EPS, attention_logits, init_mae
 from mimlet.models.teacher import Teacher, load_teacher
 from mimlet.models.vit import ViT, build_encoder
@@ -41,14 +41,14 @@ class AttentionOnly(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim)})
+        self.attn = nn.ModuleDict({"qkv": Linear(dim, 3 * dim)})
         self.apply(init_mae)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> logits [B,H,T,T]."""
         qkv = self.attn["qkv"]
         parts = 2 * x.shape[-1]
-        qk = F.linear(self.norm1(x), qkv.weight[:parts], qkv.bias[:parts]).view(*x.shape[:2], 2, self.heads, -1)
+        qk = linear(self.norm1(x), qkv.weight[:parts], qkv.bias[:parts]).view(*x.shape[:2], 2, self.heads, -1)
         return attention_logits(*qk.permute(2, 0, 3, 1, 4).unbind(0))
 
 

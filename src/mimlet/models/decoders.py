@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimlet.data.masks import Mask
+from mimlet.models.linear import Linear
 from mimlet.models.parts import NORM_EPS, Block, init_mae, sincos_positions
 
 
@@ -20,13 +21,13 @@ class Decoder(nn.Module):
     def __init__(self, encoder_dim: int, grid: tuple[int, int], prefix: int, out: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
         self.prefix, self.dim, self.grid = prefix, dim, grid
-        self.embed = nn.Linear(encoder_dim, dim)
+        self.embed = Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         table = F.pad(sincos_positions(dim, *grid), (0, 0, prefix, 0))[None]
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.pred = nn.Linear(dim, out)
+        self.pred = Linear(dim, out)
         self.apply(init_mae)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -36,16 +37,17 @@ class Decoder(nn.Module):
         With `hidden_only`, predictions [B,N-V,out] of the hidden patches in the order of `mask.ids_hidden`; the visible ones are not computed.
         """
         visible = self.embed(latent)
-        order = mask.order
-        blank = self.mask_token.to(visible.dtype).expand(len(latent), order.shape[1] - (visible.shape[1] - self.prefix), -1)
+        order, shown = mask.order, visible.shape[1]
+        blank = self.mask_token.to(visible.dtype).expand(len(latent), order.shape[1] + self.prefix - shown, -1)
         positions = self.pos_embed[0, self.prefix :][order]
         if self.prefix:
             positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(latent), -1, -1), positions], dim=1)
         x = torch.cat([visible, blank], dim=1) + positions
-        for block in self.blocks:
-            x = block(x)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block.tail(x, shown) if hidden_only and i == last else block(x)
         if hidden_only:
-            return self.pred(self.norm(x[:, visible.shape[1] :]))
+            return self.pred(self.norm(x[:, -blank.shape[1] :]))
         assert mask.ids_restore is not None
         prediction = self.pred(self.norm(x[:, self.prefix :]))
         return prediction.gather(1, mask.ids_restore[..., None].expand(-1, -1, prediction.shape[-1]))

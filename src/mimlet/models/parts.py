@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
+
+from mimlet.models.linear import Linear, linear
 
 NORM_EPS = 1e-6
 
@@ -36,16 +37,14 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     return torch.cat([head, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
-def attention_kernel(head_width: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Literal["fused", "explicit"]:
-    """Which attention is faster here. Fused kernels pad narrow heads; on a CPU that doubles the step at head width 16 (benchmarks/attention.py)."""
-    if device.type == "cpu" and head_width <= 32 and tokens <= 512:
-        return "explicit"
-    return "fused"
+def attention_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Literal["fused", "explicit"]:
+    """Which attention is faster here: fused, but for bf16 on a CPU, whose fused kernel is up to 7 times slower (benchmarks/attention.py)."""
+    return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 1024 else "fused"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v without keeping the logits. q, k, v [B,H,T,d], bias broadcastable to [B,H,T,T] -> [B,H,T,d]."""
-    if attention_kernel(q.shape[-1], k.shape[-2], q.device, q.dtype) == "fused":
+    if attention_kernel(q.device, q.dtype, k.shape[-2]) == "fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return attention_logits(q, k, bias).softmax(dim=-1) @ v
 
@@ -83,14 +82,14 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, bias: Literal["qkv", "qv"] = "qkv", relative: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "qkv")
+        self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.relative_position_bias_table: nn.Parameter | None = None
         if relative:
             entries = (2 * relative[0] - 1) * (2 * relative[1] - 1) + 3
             self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
         """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]."""
@@ -100,7 +99,7 @@ class Attention(nn.Module):
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if parts < 3:
             weight, bias = weight[: parts * dim], bias[: parts * dim]
-        out = F.linear(x, weight, bias).view(*x.shape[:2], parts, self.heads, dim // self.heads)
+        out = linear(x, weight, bias).view(*x.shape[:2], parts, self.heads, dim // self.heads)
         return out.permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self, index: Tensor | None) -> Tensor | None:
@@ -125,12 +124,27 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch per image and scales the kept ones by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,...] -> [B,...]."""
+        if not self.training:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
 
 
 class Block(nn.Module):
@@ -163,6 +177,16 @@ class Block(nn.Module):
         """Residual of the MLP branch, [B,T,D]."""
         y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+
+    def tail(self, x: Tensor, start: int) -> Tensor:
+        """The outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D]: all tokens are keys and values, the others ask nothing."""
+        attn, width = self.attn, x.shape[-1]
+        y = self.norm1(x)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        q = linear(y[:, start:], weight[:width], bias[:width])
+        kv = linear(y, weight[width:], bias[width:]).view(*x.shape[:2], 2, attn.heads, -1).permute(2, 0, 3, 1, 4)
+        heads = attend(q.view(*q.shape[:2], attn.heads, -1).transpose(1, 2), *kv.unbind(0))
+        return self.add_mlp(self.add_attention(x[:, start:], attn.output(heads)))
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D], nothing tapped."""

@@ -7,14 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mimlet.config import IMAGENET_MEAN, IMAGENET_STD
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
 from mimlet.data.masks import Mask
-from mimlet.errors import WeightsError
+from mimlet.errors import ConfigError, WeightsError
 from mimlet.hardware import computes_in_bf16
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
-from mimlet.models.vit import ViT
-from mimlet.models.weights import LoadReport, fill_encoder, load_decoder, open_checkpoint, shape_of_checkpoint
+from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.weights import (
+    Checkpoint,
+    LoadReport,
+    fill_encoder,
+    load_decoder,
+    open_checkpoint,
+    shape_of_checkpoint,
+)
+from mimlet.models.zoo import SIZES
 
 if TYPE_CHECKING:
     from mimlet.config import TeacherSettings
@@ -23,11 +31,14 @@ Channels = tuple[float, float, float]
 
 
 class Teacher(nn.Module):
-    """An encoder (and maybe its decoder) that is only looked at: eval mode, no gradient, its own input normalisation and precision.
+    """An encoder, maybe with its decoder, that is only looked at: eval mode, no gradient, own normalisation and type.
 
-    Images arrive normalised as the student's (`mean`, `std`) and are brought to the teacher's own normalisation. In bf16 the matrices are
-    stored in bf16 too: nothing is cast in a step.
+    Images arrive normalised as the student's (`students`: mean, std) and are brought to the teacher's `own`
+    normalisation. In bf16 the encoder's matrices are stored in bf16 too: no weight is cast in a step.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -40,7 +51,8 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.bf16 = encoder, decoder, bf16
-        self.dim, self.depth, self.heads, self.grid, self.prefix = encoder.dim, encoder.depth, encoder.heads, encoder.grid, encoder.prefix
+        self.dim, self.depth, self.heads = encoder.dim, encoder.depth, encoder.heads
+        self.grid, self.prefix = encoder.grid, encoder.prefix
         self.load_report: LoadReport | None = None
         (mean, std), (student_mean, student_std) = (torch.tensor(pair).view(2, 1, 3, 1, 1) for pair in (own, students))
         self.register_buffer("scale", student_std / std, persistent=False)
@@ -65,29 +77,43 @@ class Teacher(nn.Module):
         return features
 
 
-def load_teacher(settings: TeacherSettings, student: ViT, *, decoder: bool = False, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> Teacher:
+def load_teacher(
+    settings: TeacherSettings,
+    student: ViT,
+    *,
+    decoder: bool = False,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
+) -> Teacher:
     """The teacher that settings name, checked against the student it will teach.
 
-    `mean`, `std`: how the student's images are normalised. Raises `WeightsError` when the file does not fit, when its grid of patches or its
-    class token differ from the student's, or when a decoder is needed and absent.
+    `mean`, `std`: how the student's images are normalised. Raises `WeightsError` when the file does not fit, when its
+    grid of patches or its class token differ from the student's, or when a decoder is needed and absent.
     """
     assert settings.path is not None
     checkpoint = open_checkpoint(settings.path)
     size = student.shape.image_size
-    shape = shape_of_checkpoint(checkpoint, settings.heads)
+    shape = _shape(settings, checkpoint, size)
     if size % shape.patch or size // shape.patch != student.grid[0]:
+        patches = f"{size / shape.patch:.4g}"
         raise WeightsError(
-            f"teacher {checkpoint.source} sees {size} px images as {size / shape.patch:g} x {size / shape.patch:g} patches of {shape.patch} px, the student as "
-            f"{student.grid[0]} x {student.grid[1]} of {student.patch} px; give both the same patch (encoder.patch={shape.patch})"
+            f"teacher {checkpoint.source} sees {size} px images as {patches} x {patches} patches of {shape.patch} px, "
+            f"the student as {student.grid[0]} x {student.grid[1]} of {student.patch} px; give both the same patch "
+            f"(encoder.patch={shape.patch})"
         )
-    encoder = ViT(shape_of_checkpoint(checkpoint, settings.heads, image_size=size))
+    if shape.class_token != bool(student.prefix):
+        raise WeightsError(
+            f"teacher {checkpoint.source} has {'a' if shape.class_token else 'no'} class token, "
+            f"the student {'one' if student.prefix else 'none'}; "
+            f"set encoder.class_token={str(shape.class_token).lower()}"
+        )
+    encoder = ViT(shape)
     report = fill_encoder(encoder, checkpoint)
-    if encoder.prefix != student.prefix:
-        raise WeightsError(f"teacher {checkpoint.source} has {encoder.prefix} class token, the student {student.prefix}: set encoder.class_token")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = Teacher(
         encoder,
         load_decoder(checkpoint, encoder) if decoder else None,
-        bf16=settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16(_device_type())),
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16(device)),
         own=(checkpoint.mean, checkpoint.std),
         students=(mean, std),
     )
@@ -95,5 +121,18 @@ def load_teacher(settings: TeacherSettings, student: ViT, *, decoder: bool = Fal
     return teacher
 
 
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _shape(settings: TeacherSettings, checkpoint: Checkpoint, image_size: int) -> ViTShape:
+    """The teacher's architecture. `settings.name` says the head count, and what else the file has to be."""
+    if not settings.name:
+        return shape_of_checkpoint(checkpoint, settings.heads, image_size)
+    if settings.name not in SIZES:
+        known = f"{nearest(settings.name, SIZES)}; known: {', '.join(SIZES)}"
+        raise ConfigError(f"unknown teacher.name '{settings.name}'{known}")
+    size = SIZES[settings.name]
+    shape = shape_of_checkpoint(checkpoint, settings.heads or size.heads, image_size)
+    if (shape.dim, shape.depth) != (size.dim, size.depth):
+        raise WeightsError(
+            f"teacher {checkpoint.source} has width {shape.dim} and {shape.depth} blocks, but a {settings.name} has "
+            f"{size.dim} and {size.depth}; leave teacher.name out, or give another file"
+        )
+    return shape

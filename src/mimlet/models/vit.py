@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
 from mimlet.models.features import Features, Taps
+from mimlet.models.linear import linear
 from mimlet.models.parts import (
     NORM_EPS,
     Block,
@@ -64,7 +65,7 @@ class PatchEmbed(nn.Module):
         tiles = images.view(B, 3, height // p, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         batch = torch.arange(B, device=images.device)[:, None]
         visible = tiles[batch, ids // columns, ids % columns].flatten(2)
-        return F.linear(visible, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(visible, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):

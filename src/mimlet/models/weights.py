@@ -1,7 +1,10 @@
 """Reading and writing weights: official names <-> ours, head counts, and an exact report of what was loaded.
 
-A head count cannot be seen in the weights of a ViT: the same tensors split into 3 or 12 heads without complaint and compute something else.
-Our files carry it. For foreign files it follows from the width where custom knows one number, else the caller must say.
+A head count cannot be seen in the weights of a ViT: the same tensors split into 3 or 12 heads without complaint and
+compute something else. Our files carry it. For foreign files it follows from width and origin where custom knows one
+number, else the caller must say. Nothing is loaded in part without a word: what the encoder needs and the file lacks,
+or what the file computes and the encoder cannot, is an error.
+
 Only safetensors files and `torch.load(weights_only=True)` are read.
 """
 
@@ -9,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +29,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mimlet.atomic import write_atomic
-from mimlet.config import IMAGENET_MEAN, IMAGENET_STD
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
 from mimlet.errors import WeightsError
 from mimlet.models.decoders import Decoder
-from mimlet.models.parts import resize_positions
+from mimlet.models.features import Taps
+from mimlet.models.parts import Block, resize_positions
 from mimlet.models.vit import ViT, ViTShape
 
 ENCODER_FILE = "encoder.safetensors"
@@ -35,14 +42,22 @@ CONTAINERS = ("model", "model_state", "state_dict", "model_ema")
 WRAPPERS = ("model.", "base_encoder.", "encoder.")
 HEADS_BY_WIDTH = {192: (3, 12), 384: (6, 12), 768: (12,), 1024: (16,), 1280: (16,)}
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
-HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.")
+HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.", "pre_logits.", "attn_pool.")
+FOREIGN_PARTS = ("dist_token", "reg_token", "register_tokens", "norm_pre.", "rel_pos_bias.")
+FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias")
+PLAIN_NAME = re.compile(
+    r"cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.("
+    r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|gamma_[12]|attn\.([qv]_bias|relative_position_bias_table))"
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's tensors sorted by part, with bare official names: `encoder` (cls_token, blocks.0...), `decoder` (decoder_embed..., mask_token), `head`.
+    """A file's tensors by part, under bare official names.
 
-    `shape` is the stored architecture (our files only). `heads` is known or 0. `ignored` maps what was left aside to the reason.
+    `encoder`: cls_token, blocks.0...; `decoder`: decoder_embed..., mask_token; `head`: fc_norm, head... `ignored` maps
+    what was left aside to the reason. `heads` and `decoder_heads` are stated by the file, else 0; `customs` are the
+    head counts that encoders of this width and origin have. `shape` and `info` are what our files store.
     """
 
     source: str
@@ -51,23 +66,30 @@ class Checkpoint:
     head: dict[str, Tensor]
     ignored: dict[str, str]
     heads: int = 0
+    customs: tuple[int, ...] = ()
+    decoder_heads: int = 0
     shape: ViTShape | None = None
-    info: Mapping[str, object] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Channel means that the encoder's input is normalised with."""
-        return _triple(self.info.get("mean"), IMAGENET_MEAN)
+        return _triple(self.info.get("mean", IMAGENET_MEAN))
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Channel deviations that the encoder's input is normalised with."""
-        return _triple(self.info.get("std"), IMAGENET_STD)
+        return _triple(self.info.get("std", IMAGENET_STD))
+
+    @property
+    def depth(self) -> int:
+        """Number of whole blocks."""
+        return 1 + max(int(name.split(".")[1]) for name in self.encoder if name.startswith("blocks."))
 
 
 @dataclass
 class LoadReport:
-    """What a loading did, tensor by tensor."""
+    """What a loading did, tensor by tensor: names, and reasons or sizes."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -78,7 +100,12 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded from {self.source}"]
-        for title, items in (("resized", self.resized), ("in the file but not used", self.skipped), ("not in the file, left as initialised", self.fresh)):
+        titles = {
+            "resized": self.resized,
+            "in the file but not used": self.skipped,
+            "not in the file, left as initialised": self.fresh,
+        }
+        for title, items in titles.items():
             by_reason: dict[str, list[str]] = {}
             for name, reason in items.items():
                 by_reason.setdefault(reason, []).append(name)
@@ -91,7 +118,8 @@ class LoadReport:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and text metadata of a .safetensors file or a PyTorch checkpoint, without ever running code from it.
 
-    For a PyTorch checkpoint the dictionary of weights is found under the usual keys. `WeightsError` says why a file cannot be read.
+    In a PyTorch checkpoint the dictionary of weights is found under the usual keys; the metadata then names the key as
+    `container`. `WeightsError` says why a file cannot be read.
     """
     if not path.is_file():
         raise WeightsError(f"no file {path}; expected a run folder, a .safetensors file or a PyTorch checkpoint")
@@ -99,83 +127,78 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        with torch.serialization.safe_globals(_harmless_globals()):
+        with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and culprit:
             raise WeightsError(
-                f"{path} holds more than tensors, and reading it could run code: refused. If you trust its origin, open it yourself with torch.load and "
-                "save the weights with safetensors.torch.save_file, then give that file"
+                f"{path} holds more than tensors ({culprit[1]}), and reading it could run code: refused. If you trust "
+                "its origin, open it yourself with torch.load, save its weights with safetensors.torch.save_file, and "
+                "give that file"
             ) from None
-        raise WeightsError(f"{path} is not a PyTorch checkpoint: {_first_line(error)}") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        reason = "" if isinstance(error, pickle.UnpicklingError | KeyError) else f" ({_first_line(error)})"
         raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged or not a weights file: {_first_line(error)}. Copy or download it again"
+            f"{path} ({path.stat().st_size:,} bytes) is damaged or not a weights file{reason}; "
+            "copy or download it again"
         ) from None
+    metadata: dict[str, str] = {}
     for key in CONTAINERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+            loaded, metadata = loaded[key], {"container": key}
             break
     tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
-        raise WeightsError(f"{path} holds no named tensors; expected a dictionary of weights, possibly under one of the keys {', '.join(CONTAINERS)}")
-    return tensors, {}
+        raise WeightsError(
+            f"{path} holds no named tensors; expected a dictionary of weights, "
+            f"possibly under one of the keys {', '.join(CONTAINERS)}"
+        )
+    return tensors, metadata
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Opens a run folder, a weights file or `timm:NAME` and sorts its tensors into encoder, decoder and head."""
-    text = str(source)
-    if text.startswith("timm:"):
-        return _from_timm(text.removeprefix("timm:"))
+    if str(source).startswith("timm:"):
+        return _from_timm(str(source).removeprefix("timm:"))
     path = Path(source)
-    if path.is_dir():
-        file = path / ENCODER_FILE
-        if not file.is_file():
-            raise WeightsError(f"{path} holds no {ENCODER_FILE}; expected the folder of a finished run, or a weights file")
-        checkpoint = open_checkpoint(file)
-        if (path / DECODER_FILE).is_file():
-            decoder, _ = read_tensors(path / DECODER_FILE)
-            checkpoint.decoder.update(decoder)
+    if not path.is_dir():
+        return _from_file(path)
+    if not (path / ENCODER_FILE).is_file():
+        raise WeightsError(f"{path} holds no {ENCODER_FILE}; expected the folder of a finished run, or a weights file")
+    checkpoint = _from_file(path / ENCODER_FILE)
+    if not (path / DECODER_FILE).is_file():
         return checkpoint
-    tensors, metadata = read_tensors(path)
-    info = json.loads(metadata["mimlet"]) if "mimlet" in metadata else {}
-    shape = ViTShape(**info["shape"]) if "shape" in info else None
-    return _sorted(text, tensors, shape.heads if shape else 0, shape, info)
+    decoder, metadata = read_tensors(path / DECODER_FILE)
+    return replace(checkpoint, decoder=decoder, decoder_heads=_info(path / DECODER_FILE, metadata).get("heads", 0))
 
 
 def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int = 0) -> ViTShape:
     """The architecture of a checkpoint: as stored, or read from the shapes of its tensors.
 
-    `heads` is needed only where neither the file nor its width tells. `image_size` replaces the size the positions were made for.
+    `heads` is needed only where neither the file nor its width tells. `image_size` replaces the size the positions were
+    made for.
     """
-    if checkpoint.shape:
-        shape = checkpoint.shape
-        if heads and heads != shape.heads:
-            raise WeightsError(f"{checkpoint.source} has {shape.heads} heads, {heads} were asked for; the weights would compute something else")
-    else:
+    heads = _decide_heads(checkpoint, heads)
+    shape = checkpoint.shape
+    if shape is None:
         state = checkpoint.encoder
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        class_token = "cls_token" in state
-        side = round((state["pos_embed"].shape[1] - class_token) ** 0.5)
-        table = any("relative_position_bias_table" in name for name in state)
-        qv = any(name.endswith("q_bias") for name in state)
+        table = any(name.endswith("relative_position_bias_table") for name in state)
         scale = state.get("blocks.0.gamma_1")
         shape = ViTShape(
-            image_size=side * patch,
+            image_size=_side(checkpoint, "pos_embed", state["pos_embed"], int("cls_token" in state)) * patch,
             patch=patch,
             dim=dim,
-            depth=depth,
-            heads=_decide_heads(checkpoint, dim, heads),
+            depth=checkpoint.depth,
+            heads=heads,
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-            class_token=class_token,
+            class_token="cls_token" in state,
             position="learned",
-            relative=("qv" if qv else "full") if table else "none",
-            layer_scale=float(scale.mean()) if scale is not None else None,
+            relative=("qv" if "blocks.0.attn.q_bias" in state else "full") if table else "none",
+            layer_scale=None if scale is None else float(scale.float().mean()),
         )
-    if image_size and image_size != shape.image_size:
-        shape = ViTShape(**{**asdict(shape), "image_size": image_size})
-    return shape
+    return replace(shape, image_size=image_size or shape.image_size)
 
 
 def load_encoder(source: str | Path, heads: int = 0, image_size: int = 0) -> tuple[ViT, LoadReport]:
@@ -186,9 +209,11 @@ def load_encoder(source: str | Path, heads: int = 0, image_size: int = 0) -> tup
 
 
 def load_encoder_weights(encoder: ViT, source: str | Path, keep_blocks: int | None = None) -> LoadReport:
-    """Fills a given encoder. `keep_blocks` k uses only the embeddings and the first k blocks; the others stay as they are; 0 loads nothing.
+    """Fills a given encoder.
 
-    `WeightsError` where head count, width, patch or depth differ, or where anything expected is missing.
+    With `keep_blocks` k only the embeddings and the first k blocks are used, and the others stay as they are; 0 loads
+    nothing. `WeightsError` where head count, width, patch or depth differ, where anything expected is missing, or where
+    the file has parts that the encoder would leave out.
     """
     return fill_encoder(encoder, open_checkpoint(source), keep_blocks)
 
@@ -197,65 +222,76 @@ def load_encoder_weights(encoder: ViT, source: str | Path, keep_blocks: int | No
 def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None = None) -> LoadReport:
     """See `load_encoder_weights`."""
     report = LoadReport(checkpoint.source, skipped=dict(checkpoint.ignored))
+    for name in (*checkpoint.decoder, *checkpoint.head):
+        report.skipped[name] = "not part of the encoder"
     if keep_blocks == 0:
         report.notes.append("keep_blocks 0: nothing loaded")
         return report
-    _check_fit(encoder, checkpoint, keep_blocks, report)
-    state = dict(checkpoint.encoder)
     kept = encoder.depth if keep_blocks is None else keep_blocks
+    _check_fit(encoder, checkpoint, keep_blocks, report)
+    only = f"only the first {kept} blocks are used"
+    state = dict(checkpoint.encoder)
+    for name in checkpoint.encoder:
+        if _block(name) >= kept or (name.startswith("norm.") and kept < encoder.depth):
+            report.skipped[name] = only
+            del state[name]
     for name, parameter in encoder.state_dict().items():
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        if block >= kept or (name.startswith("norm.") and kept < encoder.depth):
-            report.fresh[name] = f"only the first {kept} blocks are kept"
-            state.pop(name, None)
-        elif name not in state:
-            report.fresh[name] = _why_fresh(name, checkpoint)
-        else:
-            value = state.pop(name)
-            if name == "pos_embed" and value.shape != parameter.shape:
-                side = round((value.shape[1] - encoder.prefix) ** 0.5)
-                report.resized[name] = f"{side} x {side} to {encoder.grid[0]} x {encoder.grid[1]} patches, bicubic"
-                value = resize_positions(value, (side, side), encoder.grid, encoder.prefix)
-            if value.shape != parameter.shape:
-                raise WeightsError(f"{checkpoint.source}: {name} has shape {tuple(value.shape)}, the encoder {tuple(parameter.shape)}")
+        if name in state:
+            value = _fitted(checkpoint, name, state.pop(name), parameter, encoder, report)
             parameter.copy_(value)
             report.loaded.append(name)
+        elif name in report.skipped or _block(name) >= kept:
+            report.fresh[name] = only
+        else:
+            report.fresh[name] = _why_fresh(name, checkpoint)
     for name in state:
-        report.skipped[name] = "the encoder has no such part"
-    for name in (*checkpoint.decoder, *checkpoint.head):
-        report.skipped.setdefault(name, "not part of the encoder")
-    lost = [name for name, reason in report.fresh.items() if reason == "missing"]
-    if lost:
-        raise WeightsError(f"{checkpoint.source} lacks {len(lost)} of the encoder's tensors, for example {lost[0]}; expected a whole encoder")
+        if not name.endswith("attn.qkv.bias"):
+            raise WeightsError(
+                f"{checkpoint.source} has {name}, which the encoder lacks: it would compute something else. "
+                "Set encoder.relative and encoder.layer_scale as in the file"
+            )
+        report.skipped[name] = "the encoder has separate biases of queries and values"
     return report
 
 
 @torch.no_grad()
 def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0) -> Decoder:
-    """The decoder stored with an encoder. An error if any of its tensors is missing: a half random decoder trains on without a word."""
+    """The decoder stored with an encoder, for the grid of `encoder`.
+
+    An error if any of its tensors is missing: a half random decoder trains on without a word.
+    """
+    source = checkpoint.source
     state = {name.removeprefix("decoder_"): value for name, value in checkpoint.decoder.items()}
     if "embed.weight" not in state or "pred.weight" not in state:
         raise WeightsError(
-            f"{checkpoint.source} holds no decoder, and one is needed here. Of the official MAE files only *_full.pth and mae_visualize_*.pth hold one"
+            f"{source} holds no decoder, and one is needed here. Of the official MAE files only *_full.pth and "
+            "mae_visualize_*.pth hold one"
         )
     dim, out = state["embed.weight"].shape[0], state["pred.weight"].shape[0]
-    depth = 1 + max([int(name.split(".")[1]) for name in state if name.startswith("blocks.")], default=-1)
-    stored = checkpoint.info.get("decoder_heads")
-    customs = (int(stored),) if isinstance(stored, int) else DECODER_HEADS_BY_WIDTH.get(dim, ())
-    if not heads and len(customs) != 1:
-        raise WeightsError(f"{checkpoint.source}: a decoder of width {dim} does not tell its head count; give it")
-    decoder = Decoder(encoder.dim, encoder.grid, encoder.prefix, out, dim, depth, heads or customs[0])
+    depth = 1 + max(map(_block, state))
+    customs = DECODER_HEADS_BY_WIDTH.get(dim, ())
+    heads = _agreed(source, "decoder heads", checkpoint.decoder_heads, heads) or (customs[0] if customs else 0)
+    if not heads:
+        raise WeightsError(f"{source}: a decoder of width {dim} does not tell its head count; say decoder heads")
+    decoder = Decoder(encoder.dim, encoder.grid, encoder.prefix, out, dim, depth, heads)
+    report = LoadReport(source)
     for name, parameter in decoder.state_dict().items():
+        official = name if name == "mask_token" else f"decoder_{name}"
         if name not in state:
-            raise WeightsError(f"{checkpoint.source}: the decoder lacks decoder_{name}; a partly random decoder is never used")
-        value = state[name]
-        if name == "pos_embed" and value.shape != parameter.shape:
-            side = round((value.shape[1] - encoder.prefix) ** 0.5)
-            value = resize_positions(value, (side, side), encoder.grid, encoder.prefix)
-        if value.shape != parameter.shape:
-            raise WeightsError(f"{checkpoint.source}: decoder_{name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-        parameter.copy_(value)
+            raise WeightsError(f"{source} lacks {official}; a partly random decoder is never used")
+        parameter.copy_(_fitted(checkpoint, official, state[name], parameter, encoder, report))
     return decoder
+
+
+def load(source: str | Path, heads: int = 0, image_size: int = 0) -> nn.Module:
+    """The model in a run folder, weights file or `timm:NAME`, in eval mode.
+
+    A fine-tuned run gives the classifier, everything else the encoder (`ViT`). `heads`: see `load_encoder`.
+    """
+    checkpoint = open_checkpoint(source)
+    encoder = ViT(shape_of_checkpoint(checkpoint, heads, image_size))
+    fill_encoder(encoder, checkpoint)
+    return encoder.eval()
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> None:
@@ -264,131 +300,240 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, o
     write_atomic(path, save(plain, metadata={"mimlet": json.dumps(info), "format": "pt"}))
 
 
-def decoder_state(decoder: nn.Module) -> dict[str, Tensor]:
-    """A decoder's tensors under their official names."""
-    return {name if name == "mask_token" else f"decoder_{name}": value for name, value in decoder.state_dict().items()}
+def encoder_state(encoder: ViT) -> dict[str, Tensor]:
+    """An encoder's tensors under timm's names."""
+    return {
+        name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): value
+        for name, value in encoder.state_dict().items()
+    }
+
+
+def save_decoder(path: Path, decoder: Decoder) -> None:
+    """Writes a decoder under its official names, with its head count."""
+    state = decoder.state_dict()
+    heads = next((block.attn.heads for block in decoder.blocks if isinstance(block, Block)), 0)
+    official = {name if name == "mask_token" else f"decoder_{name}": value for name, value in state.items()}
+    save_weights(path, official, {"kind": "decoder", "heads": heads})
+
+
+def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:
+    """The weights of a timm model if our encoder computes the same from them, else a `WeightsError` with the reason."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise WeightsError(
+            f"{source} is a {type(model).__name__}, not a plain ViT; only timm's VisionTransformer models can be read"
+        )
+    config: Any = model.pretrained_cfg
+    attention: Any = model.get_submodule("blocks.0.attn")
+    info = {"mean": config["mean"], "std": config["std"]}
+    checkpoint = replace(_sorted(source, model.state_dict(), info), heads=attention.num_heads)
+    encoder = ViT(shape_of_checkpoint(checkpoint))
+    fill_encoder(encoder, checkpoint)
+    size = encoder.shape.image_size
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval().forward_features(images)
+        features = encoder.eval()(images, taps=Taps(hidden=(encoder.depth,)))
+    ours = features.latent if "norm.weight" in checkpoint.encoder else features.hidden[encoder.depth]
+    if ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3):
+        raise WeightsError(
+            f"{source} is not a plain ViT: same weights, other results (another activation, norm or token order)"
+        )
+    return checkpoint
+
+
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError)
 
 
 def _from_timm(name: str) -> Checkpoint:
     import timm
 
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        raise WeightsError(f"timm knows no model '{name}'" + (f"; it has {', '.join(close)}" if close else "; see timm.list_models()"))
+        raise WeightsError(f"timm has no model '{name}'{nearest(name, timm.list_models())}; see timm.list_models()")
     try:
         model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise WeightsError(
-            f"timm could not get the weights of {name}: {_first_line(error)}. Without a network, give the path of the downloaded file instead"
+            f"the weights of timm:{name} could not be fetched: {_first_line(error)}. Without a network, "
+            "download the model's file elsewhere and give its path instead"
+        ) from None
+    except RuntimeError as error:
+        raise WeightsError(
+            f"timm has no weights for '{name}': {_first_line(error)}; see timm.list_pretrained()"
         ) from None
     return checkpoint_of_timm(model, f"timm:{name}")
 
 
-def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:
-    """A timm vision transformer's weights, when it is one that our encoder computes exactly; else a `WeightsError` that names the part."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    if not isinstance(model, VisionTransformer):
-        raise WeightsError(f"{source} is a {type(model).__name__}; expected timm's plain VisionTransformer")
-    foreign = ("norm_pre.", "q_norm", "k_norm", "reg_token", "attn_pool", "fc_norm_pre", "dist_token", "mlp.norm", "mlp.fc1_g", "patch_drop")
-    state = {name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for name, v in model.state_dict().items()}
-    strange = [name for name in state if any(part in name for part in foreign)]
-    if strange or model.num_prefix_tokens > 1 or getattr(model, "no_embed_class", False):
-        raise WeightsError(f"{source} has parts that a plain ViT lacks ({strange[0] if strange else 'more than a class token'}); it cannot be read as one")
-    heads = int(model.blocks[0].attn.num_heads)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    info = {"mean": config.get("mean", IMAGENET_MEAN), "std": config.get("std", IMAGENET_STD)}
-    return _sorted(source, state, heads, None, info)
+def _from_file(path: Path) -> Checkpoint:
+    tensors, metadata = read_tensors(path)
+    info = _info(path, metadata)
+    checkpoint = _sorted(str(path), tensors, info, metadata.get("container", ""))
+    if "shape" not in info:
+        return checkpoint
+    try:
+        shape = ViTShape(**info["shape"])
+    except TypeError as error:
+        raise WeightsError(f"{path} was written by another version of mimlet: {_first_line(error)}") from None
+    return replace(checkpoint, heads=shape.heads, shape=shape)
 
 
-def _sorted(source: str, tensors: Mapping[str, Tensor], heads: int, shape: ViTShape | None, info: Mapping[str, object]) -> Checkpoint:
-    """Strips wrappers and sorts tensors by part."""
-    ignored: dict[str, str] = {}
+def _info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What our files store beside their tensors."""
+    try:
+        info: dict[str, Any] = json.loads(metadata.get("mimlet", "{}"))
+    except ValueError as error:
+        raise WeightsError(f"{path} carries a damaged description: {_first_line(error)}") from None
+    return info
+
+
+def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], container: str = "") -> Checkpoint:
+    """Strips wrappers, brings names to ours, sorts tensors by part."""
     state = {name.removeprefix("module."): value for name, value in tensors.items()}
-    for wrapper in WRAPPERS:
-        if any(name.startswith(f"{wrapper}patch_embed.") for name in state):
-            ignored |= {name: f"not part of '{wrapper[:-1]}'" for name in state if not name.startswith(wrapper)}
-            heads = heads or (12 if wrapper == "model." else 0)  # MAE-lite trains all its ViTs, students and teachers, with 12 heads
-            state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
-            break
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "head": {}}
-    whole = {name.split(".")[1] for name in state if re.fullmatch(r"blocks\.\d+\.attn\.proj\.weight", name)}
+    wrapper = next((w for w in WRAPPERS if f"{w}patch_embed.proj.weight" in state), "")
+    ignored = {name: f"not part of '{wrapper[:-1]}'" for name in state if not name.startswith(wrapper)}
+    state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
+    state = {name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for name, v in state.items()}
+    whole = {_block(name) for name in state if name.endswith(".attn.proj.weight")}
+    encoder, decoder, head = {}, {}, {}
     for name, value in state.items():
         if name.endswith("relative_position_index"):
             ignored[name] = "computed, not learned"
-        elif name.startswith("blocks.") and name.split(".")[1] not in whole:
+        elif _block(name) >= 0 and _block(name) not in whole:
             ignored[name] = "the attention-only block of D²-MAE"
+        elif PLAIN_NAME.fullmatch(name):
+            encoder[name] = value
         elif name.startswith("decoder_") or name == "mask_token":
-            parts["decoder"][name] = value
+            decoder[name] = value
         elif name.startswith(HEAD_PARTS):
-            parts["head"][name] = value
-        elif name in ("cls_token", "pos_embed") or name.startswith(("patch_embed.", "blocks.", "norm.")):
-            parts["encoder"][name] = value
+            head[name] = value
+        elif name.startswith(("blocks.", "patch_embed.", *FOREIGN_PARTS)):
+            raise WeightsError(f"{source} is not a plain ViT: its {wrapper}{name} has no place in one")
         else:
             ignored[name] = "not known"
-    encoder = parts["encoder"]
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-    missing = [name for name in needed if name not in encoder]
-    if missing:
-        example = next(iter(tensors))
-        raise WeightsError(f"{source} is not a plain ViT: no {missing[0]} among its {len(tensors)} tensors (the first is {example})")
-    return Checkpoint(source, encoder, parts["decoder"], parts["head"], ignored, heads, shape, info)
+    for name in needed:
+        if name not in encoder:
+            first = next(iter(tensors))
+            raise WeightsError(
+                f"{source} is not a plain ViT: no {name} among its {len(tensors)} tensors ({first}, ...)"
+            )
+    customs = HEADS_BY_WIDTH.get(len(encoder["patch_embed.proj.weight"]), ())
+    # MAE-lite (saved under "model", wrapped in "model.") and MoCo v3 have 12 heads in ViT-Tiny and ViT-Small too.
+    if 12 in customs and ((container, wrapper) == ("model", "model.") or wrapper == "base_encoder."):
+        customs = (12,)
+    return Checkpoint(source, encoder, decoder, head, ignored, customs=customs, info=info)
 
 
 def _check_fit(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None, report: LoadReport) -> None:
     state, source = checkpoint.encoder, checkpoint.source
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    customs = (checkpoint.heads,) if checkpoint.heads else HEADS_BY_WIDTH.get(dim, ())
-    known = customs[0] if len(customs) == 1 else 0
-    for what, theirs, ours in (("width", dim, encoder.dim), ("patch", patch, encoder.patch), ("head count", known or encoder.heads, encoder.heads)):
+    known = checkpoint.heads or (checkpoint.customs[0] if len(checkpoint.customs) == 1 else 0)
+    numbers = {
+        "width": (dim, encoder.dim),
+        "patch": (patch, encoder.patch),
+        "head count": (known or encoder.heads, encoder.heads),
+    }
+    for what, (theirs, ours) in numbers.items():
         if theirs != ours:
-            raise WeightsError(f"{source} has {what} {theirs}, the encoder {ours}; they must agree (see encoder.name, encoder.dim, encoder.patch, encoder.heads)")
+            raise WeightsError(
+                f"{source} has {what} {theirs}, the encoder {ours}; they must agree "
+                "(see encoder.name, encoder.dim, encoder.patch, encoder.heads)"
+            )
     if ("cls_token" in state) != bool(encoder.prefix):
-        raise WeightsError(f"{source} has {'a' if 'cls_token' in state else 'no'} class token, the encoder {'one' if encoder.prefix else 'none'}: set encoder.class_token")
-    wanted = encoder.depth if keep_blocks is None else keep_blocks
-    if wanted > depth or (keep_blocks is None and depth != encoder.depth):
         raise WeightsError(
-            f"{source} has {depth} blocks; {wanted} are wanted" + ("" if keep_blocks is not None else ". Set encoder.depth, or encoder.keep_blocks to use the first ones")
+            f"{source} has {'a' if 'cls_token' in state else 'no'} class token, "
+            f"the encoder {'one' if encoder.prefix else 'none'}: set encoder.class_token"
+        )
+    if keep_blocks is None and checkpoint.depth != encoder.depth:
+        raise WeightsError(
+            f"{source} has {checkpoint.depth} blocks, the encoder {encoder.depth}. "
+            "Set encoder.depth, or encoder.keep_blocks to use the first ones"
+        )
+    if keep_blocks is not None and keep_blocks > min(checkpoint.depth, encoder.depth):
+        raise WeightsError(
+            f"encoder.keep_blocks {keep_blocks} is too many: {source} has {checkpoint.depth} blocks, "
+            f"the encoder {encoder.depth}"
         )
     if not known:
         report.notes.append(f"the file does not tell its head count: taken as the encoder's {encoder.heads}")
 
 
+def _fitted(
+    checkpoint: Checkpoint, name: str, value: Tensor, parameter: Tensor, encoder: ViT, report: LoadReport
+) -> Tensor:
+    """The value in the shape of the parameter: a table of positions is resized, anything else must fit."""
+    if name.endswith("pos_embed") and value.shape[1] != parameter.shape[1]:
+        side = _side(checkpoint, name, value, encoder.prefix)
+        report.resized[name] = f"{side} x {side} to {encoder.grid[0]} x {encoder.grid[1]} patches, bicubic"
+        value = resize_positions(value, (side, side), encoder.grid, encoder.prefix)
+    if value.shape != parameter.shape:
+        raise WeightsError(
+            f"{checkpoint.source}: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+        )
+    return value
+
+
 def _why_fresh(name: str, checkpoint: Checkpoint) -> str:
-    if name.endswith(("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias")):
+    """Why the file may lack a tensor of the encoder; a `WeightsError` if it may not."""
+    kind = next((part for part in FINE_TUNED_PARTS if name.endswith(part)), None)
+    if kind and not any(other.endswith(kind) for other in checkpoint.encoder):
         return "only the fine-tuned form has it"
-    if name.startswith("norm.") and any(part.startswith("fc_norm.") for part in checkpoint.head):
+    if name.startswith("norm.") and "fc_norm.weight" in checkpoint.head:
         return "a classifier with mean pooling has none"
-    return "missing"
+    hint = "encoder.relative='qv' has no such bias" if name.endswith("qkv.bias") else "expected a whole encoder"
+    raise WeightsError(f"{checkpoint.source} lacks the encoder's {name}; {hint}")
 
 
-def _decide_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
-    if checkpoint.heads and heads and heads != checkpoint.heads:
-        raise WeightsError(f"{checkpoint.source} has {checkpoint.heads} heads, {heads} were asked for; the weights would compute something else")
-    if heads or checkpoint.heads:
-        return heads or checkpoint.heads
-    customs = HEADS_BY_WIDTH.get(dim, ())
-    if len(customs) == 1:
-        return customs[0]
+def _decide_heads(checkpoint: Checkpoint, heads: int) -> int:
+    heads = _agreed(checkpoint.source, "heads", checkpoint.heads, heads)
+    if heads or len(checkpoint.customs) == 1:
+        return heads or checkpoint.customs[0]
+    width = len(checkpoint.encoder["patch_embed.proj.weight"])
+    customs = " or ".join(map(str, checkpoint.customs)) or "an unknown number of"
     raise WeightsError(
-        f"{checkpoint.source} does not tell its head count, and width {dim} is used with "
-        f"{' and with '.join(map(str, customs)) or 'several'} heads (DeiT and timm: width / 64; MAE-lite: 12). Say which, for example --teacher-heads 12"
+        f"{checkpoint.source} does not tell its head count, and encoders of width {width} have {customs} heads "
+        "(timm and DeiT: width / 64; MAE-lite: 12). Say which: heads=12, or teacher.heads=12 for a teacher"
     )
 
 
-def _harmless_globals() -> list[object]:
+def _agreed(source: str, what: str, stored: int, given: int) -> int:
+    if stored and given and stored != given:
+        raise WeightsError(
+            f"{source} has {stored} {what}, {given} were asked for; the weights would compute something else"
+        )
+    return stored or given
+
+
+def _side(checkpoint: Checkpoint, name: str, table: Tensor, prefix: int) -> int:
+    """Side of the square grid that a table of positions [1, P + N, D] is for."""
+    side = math.isqrt(table.shape[1] - prefix)
+    if side * side + prefix != table.shape[1]:
+        raise WeightsError(
+            f"{checkpoint.source} is not a plain ViT: {name} has {table.shape[1]} rows, "
+            f"expected {f'{prefix} + ' if prefix else ''}a square number"
+        )
+    return side
+
+
+def _block(name: str) -> int:
+    """Number of the block, from 0, that a tensor belongs to; -1 outside blocks."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" and parts[1].isdigit() else -1
+
+
+def _harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Types that official checkpoints hold beside tensors; none of them runs code."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    return [argparse.Namespace, multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4"))]
+    scalar = np.float64(0).__reduce__()[0]
+    assert callable(scalar)
+    kinds = [type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")]
+    return [argparse.Namespace, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
-def _triple(value: object, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    if isinstance(value, list | tuple) and len(value) == 3:
-        return (float(value[0]), float(value[1]), float(value[2]))
-    return default
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

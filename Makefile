@@ -1,0 +1,35 @@
+# make demo, make test: everything from a machine that has python3 (3.11 or newer, with venv) and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CODE := src tests benchmarks examples
+
+.PHONY: demo test lint format recipes clean
+
+demo: $(READY)
+	$(BIN)/mimlet demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy --strict
+
+format: $(READY)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+recipes: $(READY)
+	$(BIN)/mimlet recipes
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp: what is there is used again until the dependencies change.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@

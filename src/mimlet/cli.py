@@ -1,0 +1,382 @@
+"""The command line: verbs -> functions of `mimlet.api`, nothing else.
+
+Nothing here imports torch before every cheap check has passed, so that help, a misspelt name or a missing folder is
+answered at once. What a user can cause is answered in at most five lines with exit code 2.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mimlet.config import (
+    Config,
+    check_inputs,
+    load_config,
+    missing_path,
+    nest,
+    read_recipe,
+    recipe_header,
+    recipe_paths,
+    set_length,
+    smoke,
+    sweep_points,
+)
+from mimlet.config import merge as merge_settings
+from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped, UserError
+from mimlet.methods.settings import METHODS
+
+ERROR_LINES = 5
+DEFAULT_RECIPES = {"pretrain": "mae_tiny", "finetune": "classify_tiny"}
+SETTINGS = {
+    "data": "data.path",
+    "eval": "data.eval",
+    "subset": "data.subset",
+    "teacher": "teacher.path",
+    "teacher_heads": "teacher.heads",
+    "encoder": "encoder.weights",
+    "keep_blocks": "encoder.keep_blocks",
+    "batch": "schedule.batch",
+    "lr": "optim.lr",
+    "seed": "seed",
+    "workers": "speed.workers",
+    "devices": "speed.devices",
+    "precision": "speed.precision",
+}
+"""Options of pretrain and finetune -> the settings they stand for."""
+
+app = typer.Typer(
+    help="Turn a folder of images, and maybe a big teacher, into a small strong vision transformer.",
+    epilog="Start with: mimlet demo. Every recipe: mimlet recipes.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Any setting, e.g. optim.clip=1.0")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Images: a folder, .tar, .zip, .parquet, list file or torchvision:NAME:ROOT. Can be repeated.",
+    ),
+]
+Eval = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Labelled images to judge on. Can be repeated.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="One of `mimlet recipes`, or a file. "
+        f"Default: {DEFAULT_RECIPES['pretrain']} for pretrain, {DEFAULT_RECIPES['finetune']} for finetune.",
+    ),
+]
+TeacherPath = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="PATH", help="Frozen teacher: run folder, checkpoint file or timm:NAME."),
+]
+TeacherHeads = Annotated[
+    int | None, typer.Option(metavar="N", help="The teacher's head count, where its file does not tell.")
+]
+EncoderPath = Annotated[
+    str | None,
+    typer.Option("--encoder", metavar="PATH", help="Weights to start from: run folder, file or timm:NAME."),
+]
+KeepBlocks = Annotated[int | None, typer.Option(metavar="K", help="Use only the first K blocks of --encoder.")]
+Out = Annotated[str | None, typer.Option(metavar="RUN", help="Run folder. Default: runs/ and the recipe's name.")]
+Epochs = Annotated[float | None, typer.Option(metavar="N", help="Length; a shorter training gets a shorter warm-up.")]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Length in optimiser steps, instead of epochs.")]
+Batch = Annotated[int | None, typer.Option(metavar="N", help="Images per optimiser step, over all devices.")]
+LR = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="X", help="Peak rate: X * batch / optim.lr_batch, or X if lr_batch is 0."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Another seed is another run.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Loader processes per device.")]
+Devices = Annotated[int | None, typer.Option(metavar="N", help="Devices on this machine.")]
+Precision = Annotated[
+    Literal["auto", "32", "bf16", "16"] | None, typer.Option(help="auto: bf16 where the hardware computes in it.")
+]
+Subset = Annotated[str | None, typer.Option(metavar="WHAT", help="1%, 10%, 25 (images per class), lt, or a list file.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")]
+AllowChanges = Annotated[bool, typer.Option("--allow-changes", help="Resume although settings have changed.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The recipe's smallest form: seconds on a CPU.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings as JSON and stop.")]
+Sweep = Annotated[bool, typer.Option("--sweep", help="Train every combination of the recipe's sweep.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mimlet {version('mimlet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Turn a folder of images, and maybe a big teacher, into a small strong vision transformer."""
+
+
+@app.command()
+def pretrain(
+    context: typer.Context,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    data: Data = None,
+    eval: Eval = None,
+    teacher: TeacherPath = None,
+    teacher_heads: TeacherHeads = None,
+    encoder: EncoderPath = None,
+    keep_blocks: KeepBlocks = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: LR = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    subset: Subset = None,
+    resume: Resume = False,
+    allow_changes: AllowChanges = False,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an encoder on unlabelled images."""
+    _train("pretrain", context.params, context.obj)
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    overrides: Overrides = None,
+    recipe: Recipe = None,
+    data: Data = None,
+    eval: Eval = None,
+    teacher: TeacherPath = None,
+    teacher_heads: TeacherHeads = None,
+    encoder: EncoderPath = None,
+    keep_blocks: KeepBlocks = None,
+    out: Out = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: LR = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    subset: Subset = None,
+    resume: Resume = False,
+    allow_changes: AllowChanges = False,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+    sweep: Sweep = False,
+) -> None:
+    """Train a classifier, from an encoder or from scratch."""
+    _train("finetune", context.params, context.obj)
+
+
+@app.command()
+def probe(
+    run: Run,
+    data: Data = None,
+    eval: Eval = None,
+    kind: Annotated[
+        Literal["quick", "linear", "knn"],
+        typer.Option(help="quick: logistic regression on frozen features; linear: MAE's protocol; knn: neighbours."),
+    ] = "quick",
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where results go. Default: into the run.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Judge a frozen encoder on labelled images."""
+    _check_run(run)
+    _check_paths("--data", data, needed=True)
+    _check_paths("--eval", eval, needed=True)
+    from mimlet import api
+
+    api.probe(run, data=data or [], eval=eval or [], kind=kind, out=out, overrides=overrides or [])
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Data = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where results go. Default: into the run.")] = None,
+) -> None:
+    """Judge a classifier: top-1, top-5, confusion picture."""
+    _check_run(run)
+    _check_paths("--data", data, needed=False)
+    from mimlet import api
+
+    api.evaluate(run, data=data or [], out=out)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write.")] = "exported",
+    form: Annotated[Literal["timm"], typer.Option(help="timm: weights that timm.create_model loads.")] = "timm",
+) -> None:
+    """Write a run's encoder in another library's form."""
+    _check_run(run)
+    from mimlet import api
+
+    api.export(run, to=to, form=form)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Default: report.html in the first run.")] = None,
+) -> None:
+    """Write a self-contained page about one or more runs."""
+    for run in runs:
+        _check_run(run)
+    from mimlet import api
+
+    api.report(runs, out=out)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe.")] = None,
+) -> None:
+    """List the recipes that are shipped, or print one."""
+    if name is not None:
+        read_recipe(name)
+        typer.echo(recipe_paths().get(name, Path(name)).read_text(encoding="utf-8"), nl=False)
+        return
+    group = ""
+    for known, path in recipe_paths().items():
+        if path.parent.name != group:
+            group = path.parent.name
+            typer.echo(f"{group}/")
+        header = recipe_header(path)
+        typer.echo(f"  {known:<22} {read_recipe(known)['title']}")
+        for key in ("expected", "cost"):
+            typer.echo(f"  {'':<22}   {key}: {header[key]}")
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Your images. Default: scanned digits that come with it.")
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where runs and report go.")] = "runs/demo",
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed is another demo.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only check that everything runs.")] = False,
+) -> None:
+    """The whole job in three minutes, with a report."""
+    _check_paths("--data", [data] if data else [], needed=False)
+    from mimlet import api
+
+    api.demo(data=data, out=out, seed=seed, quick=quick)
+
+
+def _train(verb: str, options: Mapping[str, Any], command: str) -> None:
+    """pretrain and finetune: options -> configuration -> cheap checks -> training."""
+    config = _configure(verb, options)
+    if options["dry_run"]:
+        typer.echo(config.model_dump_json(indent=2))
+        return
+    if options["allow_changes"] and not options["resume"]:
+        raise ConfigError("--allow-changes is about continuing a run: give --resume as well")
+    if options.get("sweep"):
+        if not config.sweep:
+            raise ConfigError("--sweep: this recipe has no [sweep] table; `mimlet recipes transfer_pets` shows one")
+        if options["resume"]:
+            raise ConfigError("--sweep skips the points that are finished by itself: leave out --resume")
+        sweep_points(config)
+    check_inputs(config)
+    if config.method.name == "classify" and not config.encoder.weights:
+        typer.echo("note: no --encoder is given: training starts from random weights", err=True)
+    from mimlet import api
+
+    if options.get("sweep"):
+        api.sweep(config, command=command)
+    else:
+        api.train(config, resume=options["resume"], allow_changes=options["allow_changes"], command=command)
+
+
+def _configure(verb: str, options: Mapping[str, Any]) -> Config:
+    """The recipe (or, with --resume alone, the run's own settings), then named options, then overrides."""
+    out = options["out"]
+    recipe = options["recipe"] or DEFAULT_RECIPES[verb]
+    if options["resume"]:
+        run = Path(out or f"runs/{Path(recipe).stem}")
+        if not (run / "config.json").is_file():
+            hint = "has no config.json" if run.is_dir() else missing_path(run)
+            raise RunError(f"nothing to resume in '{run}': {hint}; leave out --resume to start")
+        out = str(run)
+        recipe = options["recipe"] or str(run / "config.json")
+    values = read_recipe(recipe)
+    method = values.get("method", {}).get("name")
+    if method in METHODS and METHODS[method].labels != (verb == "finetune"):
+        other, need = ("pretrain", "no labels") if verb == "finetune" else ("finetune", "labels")
+        raise ConfigError(f"recipe '{recipe}' trains with {need} (method {method}): use `mimlet {other}`")
+    if options["smoke"]:
+        values = smoke(values)
+    set_length(values, options["epochs"], options["steps"])
+    for option, key in SETTINGS.items():
+        if options[option] not in (None, []):
+            merge_settings(values, nest(key, options[option]))
+    run_settings = values.setdefault("run", {})
+    run_settings["out"] = out or run_settings.get("out") or f"runs/{Path(recipe).stem}"
+    return load_config(values, options["overrides"] or [])
+
+
+def _check_run(run: str) -> None:
+    """A run folder is there and is one."""
+    if not Path(run).is_dir():
+        raise RunError(missing_path(run))
+    if not (Path(run) / "config.json").is_file():
+        raise RunError(f"'{run}' is not a run folder: it has no config.json")
+
+
+def _check_paths(option: str, paths: Sequence[str] | None, *, needed: bool) -> None:
+    """Images are named where they are needed, and are there."""
+    if needed and not paths:
+        raise DataError(f"no images: give {option} (a folder, an archive, a .parquet or list file)")
+    missing = [path for path in paths or [] if not path.startswith("torchvision:") and not Path(path).exists()]
+    if missing:
+        raise DataError(f"{option}: {missing_path(missing[0])}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0; 2 what the user can repair; 130, 143 stopped by a signal."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    verbs = [entry.callback.__name__ for entry in app.registered_commands if entry.callback]
+    name = f"mimlet {given[0]}" if given[0] in verbs else "mimlet"
+    group = typer.main.get_command(app)
+    try:
+        code = group.main(given, prog_name="mimlet", standalone_mode=False, obj=shlex.join(["mimlet", *given]))
+    except typer.TyperException as error:
+        close = getattr(error, "possibilities", None)
+        message = f"{error.message} (did you mean {close[0]}?)" if close else error.format_message()
+        typer.echo(f"{name}: {message.replace('Value error, ', '')}\nTry: {name} --help", err=True)
+        return 2
+    except UserError as error:
+        typer.echo(_shortened(f"{name}: {error}"), err=True)
+        return 2
+    except TrainingStopped as stopped:
+        typer.echo(f"{name}: {stopped}", err=True)
+        return stopped.code
+    return code if isinstance(code, int) else 0
+
+
+def _shortened(message: str) -> str:
+    """At most five lines."""
+    lines = message.splitlines()
+    if len(lines) > ERROR_LINES:
+        lines = [*lines[: ERROR_LINES - 1], f"  and {len(lines) - ERROR_LINES + 1} more"]
+    return "\n".join(lines)

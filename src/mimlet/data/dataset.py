@@ -1,0 +1,125 @@
+"""Source + transform + mask samplers -> samples and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from mimlet.data.batch import Batch
+from mimlet.data.decode import UnreadableImage, decode
+from mimlet.data.masks import MaskSampler
+from mimlet.data.seeding import key, seeded
+from mimlet.data.source import Source
+from mimlet.errors import DataError
+from mimlet.methods.base import Transform
+
+ATTEMPTS = 100
+"""So many unreadable images in a row stop the run."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image's views [3,H,W], mask draws [U], label and position.
+
+    `dropped`: unreadable in evaluation, the views are a blank.
+    """
+
+    views: dict[str, Tensor]
+    index: int
+    label: int
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, str], ...] = ()
+    dropped: bool = False
+
+
+class ImageDataset(Dataset[Sample | DataError]):
+    """The images of a source, or those at `indices`, as samples. Item (e, i) is image i in epoch e.
+
+    All randomness of item (e, i) is a function of (seed, e, i): the transform runs with the global generators seeded
+    by it, and each mask is drawn from a generator seeded by it and the mask's name. So neither workers, order nor
+    restarts change a sample.
+
+    An unreadable image is replaced by the next readable one in training, and left out of the batch in evaluation;
+    either way the batch reports its name and the reason. `ATTEMPTS` unreadable images in a row make the item a
+    `DataError`, which is returned, not raised: an exception would leave a worker process as a traceback. `collate`
+    hands it on and the loader raises it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        samplers: Mapping[str, MaskSampler] | None = None,
+        *,
+        seed: int = 0,
+        indices: NDArray[np.int64] | None = None,
+        train: bool = True,
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.samplers = dict(samplers or {})
+        self.seed = seed
+        self.indices = np.arange(len(source)) if indices is None else indices
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, at: tuple[int, int]) -> Sample | DataError:
+        epoch, index = at
+        failed: list[tuple[str, str]] = []
+        for used in range(index, index + ATTEMPTS):
+            row = int(self.indices[used % len(self)])
+            try:
+                image = decode(self.source.read(row))
+            except (UnreadableImage, OSError) as error:
+                failed.append((self.source.name(row), getattr(error, "strerror", None) or str(error)))
+                if self.train:
+                    continue
+                image = Image.new("RGB", (1, 1))
+            with seeded(key("sample", self.seed, epoch, index)):
+                views = self.transform(image)
+            draws = {}
+            for name, sampler in self.samplers.items():
+                generator = torch.Generator().manual_seed(key("mask", self.seed, epoch, index, name))
+                draws[name] = sampler.draw(generator)
+            dropped = bool(failed) and not self.train
+            return Sample(views, used % len(self), self.source.label(row), draws, tuple(failed), dropped)
+        return DataError(f"{ATTEMPTS} images in a row cannot be read, the first being {failed[0][0]}: {failed[0][1]}")
+
+    def collate(self, samples: Sequence[Sample | DataError]) -> Batch | DataError:
+        """Samples of equal shapes -> batch, masks joined by their samplers."""
+        good: list[Sample] = []
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
+            good.append(sample)
+        views = {name: _stack([sample.views[name] for sample in good]) for name in good[0].views}
+        kept = [sample for sample in good if not sample.dropped]
+        if len(kept) < len(good):
+            rows = torch.tensor([not sample.dropped for sample in good])
+            views = {name: view[rows] for name, view in views.items()}
+        return Batch(
+            views,
+            torch.tensor([sample.index for sample in kept], dtype=torch.int64),
+            {
+                name: sampler.collate(torch.stack([sample.draws[name] for sample in kept]))
+                for name, sampler in self.samplers.items()
+                if kept
+            },
+            torch.tensor([sample.label for sample in kept], dtype=torch.int64) if self.source.classes else None,
+            tuple(failure for sample in good for failure in sample.unreadable),
+        )
+
+
+def _stack(views: list[Tensor]) -> Tensor:
+    """Stacks; in a worker straight into shared memory, which saves a copy (torch's own collate knows how)."""
+    stacked: Tensor = default_collate(views)
+    return stacked

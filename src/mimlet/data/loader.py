@@ -1,0 +1,147 @@
+"""Batches in exact order, for the whole rest of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from mimlet.data.batch import Batch
+from mimlet.data.dataset import ImageDataset
+from mimlet.data.seeding import key
+from mimlet.errors import ConfigError, DataError, RunError
+
+Place = tuple[int, int]
+"""(epoch, position in the data set)"""
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Optimiser steps of one epoch; the incomplete last batch is dropped. `DataError` if not even one is complete."""
+    if images < batch:
+        raise DataError(f"{images:,} images do not fill one batch of {batch:,}; set schedule.batch to at most {images}")
+    return images // batch
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which epoch `epoch` visits n images."""
+    return np.random.default_rng(key("order", seed, epoch)).permutation(n)
+
+
+def training_batches(
+    dataset: ImageDataset,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    total_steps: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """Micro-batches of the optimiser steps [start_step, total_steps), `accumulate` per step, for process `rank` of
+    `world`.
+
+    Step s of an epoch takes positions [s * batch, (s + 1) * batch) of `epoch_order`; piece a of process r is the
+    contiguous part a * world + r of its accumulate * world parts. One set of worker processes serves all epochs;
+    closing the generator ends them. Raises `ConfigError` if `batch` does not divide, `DataError` for too few or
+    unreadable images, `RunError` if a worker dies.
+    """
+    parts = accumulate * world
+    if batch % parts:
+        raise ConfigError(
+            f"schedule.batch {batch} cannot be split evenly over {world} processes x {accumulate} pieces each "
+            f"(speed.accumulate); use a multiple of {parts}, such as {-(-batch // parts) * parts}"
+        )
+    steps_per_epoch(len(dataset), batch)
+    places = _TrainingOrder(len(dataset), dataset.seed, batch, accumulate, rank, world, start_step, total_steps)
+    return _batches(dataset, places, workers, pin_memory)
+
+
+def evaluation_batches(
+    dataset: ImageDataset,
+    *,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """All images once, in order: process `rank` takes every world-th image, `batch` at a time, the last batch being
+    smaller.
+
+    Processes may get different numbers of batches, and a batch may be smaller, even empty, where images are unreadable.
+    """
+    own = range(rank, len(dataset), world)
+    places = [[(0, i) for i in own[start : start + batch]] for start in range(0, len(own), batch)]
+    return _batches(dataset, places, workers, pin_memory)
+
+
+@contextmanager
+def plain_worker_errors() -> Iterator[None]:
+    """Turns torch's error about a dead loader process into a `RunError`.
+
+    torch raises it from a signal handler, anywhere in the main process: wrap the whole loop, not only the loading.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RunError(
+            "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
+            f"use fewer speed.workers, or 0 to load in the main process ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _TrainingOrder:
+    """The places of every micro-batch, made while they are asked for."""
+
+    images: int
+    seed: int
+    batch: int
+    accumulate: int
+    rank: int
+    world: int
+    start_step: int
+    total_steps: int
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        per_epoch = self.images // self.batch
+        piece = self.batch // (self.accumulate * self.world)
+        current = -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != current:
+                current, order = epoch, epoch_order(self.images, self.seed, epoch)
+            for a in range(self.accumulate):
+                start = place * self.batch + (a * self.world + self.rank) * piece
+                yield [(epoch, i) for i in order[start : start + piece].tolist()]
+
+
+def _batches(
+    dataset: ImageDataset, places: Iterable[list[Place]], workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    loader: DataLoader[Batch | DataError] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # the loader is typed by what it yields
+        batch_sampler=places,
+        num_workers=workers,  # torch gives each of them one thread
+        collate_fn=dataset.collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws its seed from the global generator
+    )
+    with plain_worker_errors():
+        iterator = iter(loader)
+        try:
+            for item in iterator:
+                if isinstance(item, DataError):
+                    raise item
+                yield item
+        finally:
+            del iterator  # ends the workers

@@ -1,0 +1,174 @@
+"""Exports that timm reads without mimlet: `encoder.safetensors` with timm's names, and a description for people.
+
+A folder holds one model: the encoder of a pre-training run (maybe with its decoder, for others that decode), or the
+classifier of a fine-tuning run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mimlet.atomic import write_atomic
+from mimlet.errors import RunError, WeightsError
+from mimlet.models.decoders import Decoder
+from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, encoder_state, save_decoder, save_weights
+from mimlet.models.zoo import SIZES
+
+DESCRIPTION_FILE = "encoder.json"
+TIMM_SIZES = {SIZES[name].timm: SIZES[name] for name in ("deit_tiny", "deit_small", "vit_base", "vit_large")}
+
+Channels = tuple[float, float, float]
+
+
+def export_encoder(
+    folder: Path,
+    encoder: ViT,
+    *,
+    mean: Channels,
+    std: Channels,
+    decoder: Decoder | None = None,
+    info: Mapping[str, object] | None = None,
+) -> Path:
+    """Writes an encoder, and its decoder if there is one, into a folder; returns the encoder's file.
+
+    `mean`, `std`: how its input is normalised. `info` is stored with it. An older export in the folder is replaced.
+    """
+    file = _write(folder, encoder_state(encoder), _info("encoder", encoder.shape, (), "", mean, std, info))
+    if decoder is not None:
+        save_decoder(folder / DECODER_FILE, decoder)
+    return file
+
+
+def export_classifier(
+    folder: Path,
+    encoder: ViT,
+    head: Mapping[str, Tensor],
+    *,
+    classes: Sequence[str],
+    pool: Literal["mean", "class"],
+    mean: Channels,
+    std: Channels,
+    info: Mapping[str, object] | None = None,
+) -> Path:
+    """Writes a fine-tuned classifier into a folder; returns its file.
+
+    `head`: `head.weight` [K,D] and `head.bias`, and with mean pooling `fc_norm.*`, which replaces the encoder's norm.
+    `classes`: the K names in the order of the head's outputs.
+    """
+    outputs = head["head.weight"].shape[0]
+    if len(classes) != outputs:
+        raise RunError(f"{len(classes)} class names for a head of {outputs} outputs; they must agree")
+    state = {**encoder_state(encoder), **head}
+    if pool == "mean":
+        state = {name: value for name, value in state.items() if not name.startswith("norm.")}
+    return _write(folder, state, _info("classifier", encoder.shape, classes, pool, mean, std, info))
+
+
+def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[str, dict[str, object]] | None:
+    """Name and arguments for `timm.create_model` of the same architecture; None if timm has no such model.
+
+    `pool`: 'mean' or 'class' for classifiers, '' for an encoder that returns all tokens. Relative positions are what
+    timm's plain ViT lacks.
+    """
+    if shape.relative != "none":
+        return None
+    name = next((name for name, size in TIMM_SIZES.items() if size.dim == shape.dim), "vit_tiny_patch16_224")
+    size = TIMM_SIZES[name]
+    numbers = {
+        "img_size": (shape.image_size, 224),
+        "patch_size": (shape.patch, size.patch),
+        "embed_dim": (shape.dim, size.dim),
+        "depth": (shape.depth, size.depth),
+        "num_heads": (shape.heads, size.heads),
+        "mlp_ratio": (shape.mlp_ratio, 4.0),
+        "class_token": (shape.class_token, True),
+        "init_values": (shape.layer_scale, None),
+    }
+    arguments: dict[str, object] = {key: ours for key, (ours, timms) in numbers.items() if ours != timms}
+    return name, {**arguments, "num_classes": classes, "global_pool": {"mean": "avg", "class": "token", "": ""}[pool]}
+
+
+def snippet(folder: Path) -> str:
+    """Python that loads the export in a folder and runs it once, to be copied as it is."""
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise WeightsError(f"{folder} holds no {DESCRIPTION_FILE}; expected the folder of a finished run or an export")
+    return _snippet(json.loads(path.read_text(encoding="utf-8")), str(folder / ENCODER_FILE))
+
+
+def _info(
+    kind: str,
+    shape: ViTShape,
+    classes: Sequence[str],
+    pool: str,
+    mean: Channels,
+    std: Channels,
+    extra: Mapping[str, object] | None,
+) -> dict[str, Any]:
+    arguments = timm_arguments(shape, len(classes), pool)
+    return {
+        "kind": kind,
+        "shape": asdict(shape),
+        "mean": list(mean),
+        "std": list(std),
+        "classes": list(classes),
+        "pool": pool,
+        "timm": None if arguments is None else {"name": arguments[0], "kwargs": arguments[1]},
+        **(extra or {}),
+    }
+
+
+def _write(folder: Path, state: Mapping[str, Tensor], info: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DECODER_FILE).unlink(missing_ok=True)
+    file = folder / ENCODER_FILE
+    save_weights(file, state, info)
+    description = {**info, "snippet": _snippet(info, ENCODER_FILE).splitlines()}
+    write_atomic(folder / DESCRIPTION_FILE, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    return file
+
+
+def _snippet(info: Mapping[str, Any], file: str) -> str:
+    size = info["shape"]["image_size"]
+    images = f"""
+# RGB images [B, 3, {size}, {size}] with values in [0, 1], normalised per channel
+mean = torch.tensor({info["mean"]}).view(3, 1, 1)
+std = torch.tensor({info["std"]}).view(3, 1, 1)
+images = (torch.rand(1, 3, {size}, {size}) - mean) / std
+"""
+    if info["kind"] == "classifier":
+        result, meaning = "scores", f"[B, {len(info['classes'])}], one score per class"
+    else:
+        first = "class token, then " if info["shape"]["class_token"] else ""
+        tokens = (size // info["shape"]["patch"]) ** 2 + info["shape"]["class_token"]
+        result, meaning = "tokens", f"[B, {tokens}, {info['shape']['dim']}]: {first}patches in raster order"
+    if info["timm"] is None:
+        suffix = "" if info["kind"] == "classifier" else ".tokens"
+        return f"""import mimlet
+import torch
+
+# relative positions: timm's ViT has none, so mimlet loads it
+model = mimlet.load({file!r})
+{images}
+with torch.no_grad():
+    {result} = model(images){suffix}  # {meaning}
+"""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in info["timm"]["kwargs"].items())
+    return f"""import timm
+import torch
+from safetensors.torch import load_file
+
+model = timm.create_model({info["timm"]["name"]!r}, {arguments})
+model.load_state_dict(load_file({file!r}))
+model.eval()
+{images}
+with torch.no_grad():
+    {result} = model(images)  # {meaning}
+"""

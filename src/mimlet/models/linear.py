@@ -1,0 +1,71 @@
+"""A linear layer that takes the faster float32 matrix product of a CPU.
+
+PyTorch's float32 products go to MKL, which uses about half of what AMD processors with AVX2 or AVX-512 can do; oneDNN, which PyTorch also carries,
+uses all of it (benchmarks/linear.py: 490 against 230 GFLOP/s). PyTorch offers that kernel only for inference, so the three products of a
+linear layer are given their gradient here. The choice depends on the processor alone, never on a measurement: a resumed run must repeat itself.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether float32 products of this processor are better left to oneDNN: on AMD, where PyTorch has its kernel."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", "")) and not torch.version.hip
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by the faster kernel."""
+    if (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and onednn_is_faster()
+    ):
+        out: Tensor = _OneDNNLinear.apply(x, weight, bias)
+        return out
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by the faster kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return out
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            _product(gradient, weight.t()) if for_x else None,
+            _product(x.flatten(0, -2).t(), rows.t()).t().contiguous() if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )

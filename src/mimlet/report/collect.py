@@ -1,0 +1,381 @@
+"""From run folders to one page: what the runs say, arranged for `page.html`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from os.path import commonpath
+from pathlib import Path
+from statistics import mean, median
+from typing import TypeGuard
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from safetensors import safe_open
+
+from mimlet.atomic import write_atomic
+from mimlet.config import flatten
+from mimlet.methods.settings import METHODS
+from mimlet.models.weights import ENCODER_FILE
+from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, swatch
+from mimlet.run import Line, Run, read_run
+
+NOT_LOSSES = frozenset({"step", "epoch", "kind", "time", "lr", "images_per_second", "data_wait", "memory_mb"})
+BETTER_HIGH = re.compile(r"top|acc|%", re.IGNORECASE)
+BETTER_LOW = re.compile(r"loss|error", re.IGNORECASE)
+MISSING = "–"
+NOTES = 20
+"""Notes of a run that are shown: the last so many."""
+
+Table = Sequence[Mapping[str, str | float]]
+
+
+def report_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the page about one run, or comparing several; `out` defaults to `report.html` in the first. Returns it."""
+    titles = [read_run(path).config.title or path.name for path in paths]
+    title = titles[0] if len(paths) == 1 else f"{len(paths)} runs compared"
+    return write_report(list(paths), out or paths[0] / "report.html", title=title)
+
+
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    table: Table | None = None,
+    pictures: Sequence[Picture] = (),
+    notes: Sequence[str] = (),
+    snippet: str = "",
+) -> Path:
+    """Writes one HTML file that needs nothing but itself, and returns its path.
+
+    `table`: the result in a few rows, columns in the order of the first row. The best value stands out in columns of
+    numbers whose name says which way is better: 'top', 'acc' or '%' (high), 'loss' or 'error' (low). `snippet`: code
+    that uses what was trained.
+    Raises `RunError` for a folder that is not a run.
+    """
+    shown = _load(runs)
+    page = Environment(
+        loader=PackageLoader("mimlet", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters["sha256"] = lambda text: (
+        "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+    )
+    page.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    html = page.get_template("page.html").render(
+        title=title,
+        lead=_lead(shown),
+        headline=_headline(table) if table else None,
+        tiles=_tiles(shown[0]) if len(shown) == 1 else [],
+        pictures=pictures,
+        sections=_sections(shown),
+        snippet=snippet,
+        runs=shown,
+        facts=_facts(shown),
+        differences=_differences(shown),
+        notes=[*notes, *(note for run in shown for note in run.notes)],
+        environments=_environments(shown),
+        swatch=swatch,
+        version=version("mimlet"),
+    )
+    write_atomic(out, html)
+    return out
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One run as the page shows it. `style` is the style of its lines in all figures."""
+
+    label: str
+    style: int
+    run: Run
+
+    @cached_property
+    def train(self) -> list[Line]:
+        """Training records in the order of steps."""
+        return self.run.lines("train")
+
+    @cached_property
+    def eval(self) -> list[Line]:
+        """Evaluation records in the order of steps."""
+        return self.run.lines("eval")
+
+    @cached_property
+    def losses(self) -> list[str]:
+        """What training logged beside rate and speed, without a total that only repeats a single loss."""
+        names = [name for name in _names(self.train) if name not in NOT_LOSSES]
+        others = [name for name in names if name != "total"]
+        repeated = len(others) == 1 and _values(self.train, "total") == _values(self.train, others[0])
+        return others if repeated else names
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return max((float(line["time"]) for line in self.run.metrics), default=0.0)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps so far."""
+        return max((int(line["step"]) for line in self.run.metrics), default=0)
+
+    @property
+    def command(self) -> str:
+        """What repeats this run: the command that was given, else its resolved settings as a recipe."""
+        given = self.run.environment.get("command")
+        if isinstance(given, list) and given:
+            return shlex.join(str(part) for part in given)
+        verb = "finetune" if METHODS[self.run.config.method.name].labels else "pretrain"
+        return shlex.join(["mimlet", verb, "--recipe", str(self.run.path / "config.json"), "--out", "NEW_FOLDER"])
+
+    @property
+    def unreadable(self) -> int:
+        """How many files could not be read."""
+        path = self.run.path / "unreadable.txt"
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers in the encoder, once it is written."""
+        path = self.run.path / ENCODER_FILE
+        if not path.exists():
+            return None
+        with safe_open(path, "numpy") as file:
+            shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        return sum(math.prod(shape) for shape in shapes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know about this run."""
+        found = [] if self.train or self.eval else [f"{self.label}: no metrics yet."]
+        broken = sum(any(name in line and not _is_finite(line[name]) for name in self.losses) for line in self.train)
+        if broken:
+            found.append(
+                f"{self.label}: {broken:,} of {len(self.train):,} records have a loss that is not finite (not drawn)."
+            )
+        return found + [
+            f"{self.label}, step {line['step']}: {line['text']}" for line in self.run.lines("note")[-NOTES:]
+        ]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure under its title."""
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value of the headline table. `bar`: percent of the column's largest, in columns that have a best value."""
+
+    text: str
+    numeric: bool = False
+    best: bool = False
+    bar: float | None = None
+
+
+def _load(paths: Sequence[Path]) -> list[Shown]:
+    """Reads runs and names each by its folder, with as much of the path as tells them apart."""
+    parents = commonpath([path.resolve().parent for path in paths])
+    return [
+        Shown(path.resolve().relative_to(parents).as_posix(), index, read_run(path)) for index, path in enumerate(paths)
+    ]
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _names(lines: Iterable[Line]) -> list[str]:
+    """Names of the numbers in records, in the order of their first appearance."""
+    return list(dict.fromkeys(name for line in lines for name, value in line.items() if not isinstance(value, str)))
+
+
+def _points(lines: Iterable[Line], name: str) -> list[tuple[int, float]]:
+    """(step, value) wherever the value is there and finite."""
+    return [(int(line["step"]), value) for line in lines if _is_finite(value := line.get(name))]
+
+
+def _values(lines: Iterable[Line], name: str) -> list[float]:
+    return [value for _, value in _points(lines, name)]
+
+
+def _chart(
+    runs: Sequence[Shown],
+    kind: str,
+    name: str,
+    title: str = "",
+    unit: str = "",
+    *,
+    average: bool = False,
+    from_zero: bool = False,
+    log: bool = False,
+    last: bool = True,
+) -> Iterator[Chart]:
+    """One quantity of all runs that have it, if any has. A share given in '%' is multiplied by 100."""
+    title = title or _words(name)
+    curves = []
+    for shown in runs:
+        if points := _points(shown.run.lines(kind), name):
+            x, y = [step for step, _ in points], [value * (100 if unit == "%" else 1) for _, value in points]
+            curves.append(Curve(shown.label, *(averaged(x, y) if average else (x, y)), style=shown.style))
+    if curves:
+        yield Chart(title, curves_svg(curves, title=title, unit=unit, from_zero=from_zero, log=log, last=last))
+
+
+def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
+    training = []
+    for name in _losses(runs):
+        training += _chart([shown for shown in runs if name in shown.losses], "train", name, log=True)
+    training += _chart(runs, "train", "lr", "learning rate", from_zero=True, last=False)
+    return {
+        "Losses and learning rate": training,
+        "Evaluation": [chart for name in _judged(runs) for chart in _chart(runs, "eval", name)],
+        "Speed": [
+            *_chart(runs, "train", "images_per_second", average=True, from_zero=True),
+            *_chart(runs, "train", "data_wait", "time spent waiting for data", "%", average=True, from_zero=True),
+        ],
+    }
+
+
+def _losses(runs: Sequence[Shown]) -> list[str]:
+    """Losses of any run, the total last."""
+    names = dict.fromkeys(name for shown in runs for name in shown.losses)
+    return sorted(names, key=lambda name: name == "total")
+
+
+def _judged(runs: Sequence[Shown]) -> list[str]:
+    """What evaluations of any run found."""
+    return [name for name in _names(line for shown in runs for line in shown.eval) if name not in NOT_LOSSES]
+
+
+def _facts(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+    """Rows of the table of runs; rows that no run fills are left out."""
+    rows: dict[str, Callable[[Shown], str]] = {
+        "recipe": lambda shown: shown.run.config.title,
+        "method": lambda shown: shown.run.config.method.name,
+        "encoder": _encoder,
+        "encoder parameters": lambda shown: f"{shown.parameters:,}" if shown.parameters else "",
+        "images seen": lambda shown: f"{shown.steps * shown.run.config.schedule.batch:,}" if shown.train else "",
+        "steps": lambda shown: f"{shown.steps:,}" if shown.steps else "",
+        "time": lambda shown: duration(shown.seconds) if shown.seconds else "",
+    }
+    rows |= {f"training: {_words(name)}": partial(_last, kind="train", name=name) for name in _losses(runs)}
+    rows |= {f"evaluation: {_words(name)}": partial(_last, kind="eval", name=name) for name in _judged(runs)}
+    rows |= {
+        "images per second": lambda shown: _summary(median, shown, "images_per_second"),
+        "waiting for data": lambda shown: _summary(lambda values: 100 * mean(values), shown, "data_wait", "%"),
+        "peak memory": lambda shown: _summary(max, shown, "memory_mb", " MB"),
+        "unreadable files": lambda shown: f"{shown.unreadable:,}",
+    }
+    table = [(name, [cell(shown) or MISSING for shown in runs]) for name, cell in rows.items()]
+    return [(name, cells) for name, cells in table if set(cells) != {MISSING}]
+
+
+def _encoder(shown: Shown) -> str:
+    settings = shown.run.config.encoder
+    shape = settings.resolved()
+    return (
+        f"{settings.name}: {shape['depth']} blocks, width {shape['dim']}, {shape['heads']} heads, "
+        f"{settings.image_size} px in patches of {shape['patch']}"
+    )
+
+
+def _last(shown: Shown, kind: str, name: str) -> str:
+    values = _values(shown.run.lines(kind), name) if kind == "eval" or name in shown.losses else []
+    return number(values[-1]) if values else ""
+
+
+def _summary(summarise: Callable[[Sequence[float]], float], shown: Shown, name: str, unit: str = "") -> str:
+    values = _values(shown.train, name)
+    return f"{number(float(f'{summarise(values):.3g}'))}{unit}" if values else ""
+
+
+def _differences(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+    """Settings in which runs differ, other than where and how they were run."""
+    settings = [
+        dict(flatten(shown.run.config.model_dump(mode="json", exclude={"run", "sweep", "title"}))) for shown in runs
+    ]
+    names = sorted({name for values in settings for name in values})
+    table = [(name, [_plain(values.get(name)) for values in settings]) for name in names]
+    return [(name, cells) for name, cells in table if len(set(cells)) > 1]
+
+
+def _environments(runs: Sequence[Shown]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Environments with the labels of the runs that had them; equal ones once."""
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for shown in runs:
+        described = {key: value for key, value in shown.run.environment.items() if key not in ("command", "previous")}
+        groups.setdefault(tuple((key, _plain(value)) for key, value in flatten(described)), []).append(shown.label)
+    return [(", ".join(labels), list(environment)) for environment, labels in groups.items() if environment]
+
+
+def _tiles(shown: Shown) -> list[tuple[str, str]]:
+    """The few numbers that stand large above the page of a single run."""
+    names = [("eval", name) for name in _judged([shown])[:2]] + [("train", name) for name in _losses([shown])[-1:]]
+    tiles = [(_words(name), _last(shown, kind, name)) for kind, name in names]
+    tiles.append(("images per second", _summary(median, shown, "images_per_second")))
+    tiles.append(("time", duration(shown.seconds) if shown.seconds else ""))
+    return [(name, value) for name, value in tiles if value]
+
+
+def _headline(table: Table) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
+    """Columns as (name, whether it holds numbers), and rows of cells with the best of each column marked."""
+    columns = list(table[0])
+    cells = [[Cell(MISSING) for _ in columns] for _ in table]
+    numeric = []
+    for place, name in enumerate(columns):
+        values = {index: float(row[name]) for index, row in enumerate(table) if _is_finite(row.get(name))}
+        numeric.append(bool(values))
+        best = None
+        if len(values) > 1 and (BETTER_HIGH.search(name) or BETTER_LOW.search(name)):
+            best = min(values.values()) if BETTER_LOW.search(name) else max(values.values())
+        for index, row in enumerate(table):
+            if index in values:
+                value = values[index]
+                bar = (
+                    None if best is None or max(values.values()) <= 0 else 100 * max(0.0, value) / max(values.values())
+                )
+                cells[index][place] = Cell(number(value), True, value == best, bar and round(bar, 1))
+            elif name in row:
+                cells[index][place] = Cell(str(row[name]))
+    return list(zip(columns, numeric, strict=True)), cells
+
+
+def _lead(runs: Sequence[Shown]) -> str:
+    seconds = sum(shown.seconds for shown in runs)
+    count = "" if len(runs) == 1 else f"{len(runs)} runs, "
+    steps = sum(shown.steps for shown in runs)
+    return f"{count}{steps:,} steps in {duration(seconds)}" if steps else f"{count}no steps yet"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 8.4 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _plain(value: object) -> str:
+    """A setting as text: lists without brackets, nothing as a dash."""
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value) or MISSING
+    return MISSING if value in (None, "") else str(value)

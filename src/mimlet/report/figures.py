@@ -1,0 +1,292 @@
+"""Figures of a report: grids of images as PNG, curves as SVG that is drawn without a library and can be read aloud."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from markupsafe import Markup
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Array = NDArray[np.float64]
+
+MAX_POINTS = 500
+DOTS = 12
+"""Lines of so few points show each of them."""
+LABELS = 6
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2")
+"""With the 6 colours of page.html, styles repeat after 30 lines."""
+
+CELL = (112, 160)
+"""An image is shown between so many pixels: small ones are enlarged by a whole factor, large ones reduced."""
+GAP = 4
+INK = (118, 118, 118, 255)
+"""Grey that is legible on white and on the dark page: grids have a transparent ground."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG on the page. `alt` says what is to be seen to those who do not see it; `caption` may be empty."""
+
+    title: str
+    png_bytes: bytes
+    alt: str
+    caption: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, from the file's header."""
+        width, height = struct.unpack(">II", self.png_bytes[16:24])
+        return width, height
+
+
+def reconstruction_grid(
+    original: ArrayLike | torch.Tensor,
+    masked: ArrayLike | torch.Tensor,
+    prediction: ArrayLike | torch.Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    columns: int = 8,
+    labels: tuple[str, str, str] = ("original", "what the encoder sees", "reconstruction"),
+) -> bytes:
+    """PNG of three labelled rows per `columns` images, from normalised images [B,3,H,W].
+
+    An image times `std` plus `mean` is in [0, 1]; what lies outside is clipped. Images smaller than 112 px are enlarged
+    by a whole factor without smoothing, so that pixels stay pixels.
+    """
+    rows = [_to_pixels(images, mean, std) for images in (original, masked, prediction)]
+    count, height, width = rows[0].shape[:3]
+    enlarge = max(1, round(CELL[0] / max(height, width)))
+    reduce = min(1.0, CELL[1] / max(height, width))
+    cell = (round(width * enlarge * reduce), round(height * enlarge * reduce))
+    font = ImageFont.load_default(16)
+    columns = min(columns, count)
+    bands = math.ceil(count / columns)
+    line = 22 + cell[1] + GAP
+    canvas = Image.new("RGBA", (columns * (cell[0] + GAP) - GAP, bands * 3 * line), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for index in range(count):
+        band, column = divmod(index, columns)
+        for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
+            top = (3 * band + row) * line
+            if column == 0:
+                draw.text((0, top + 2), label, fill=INK, font=font)
+            filter_ = Image.Resampling.NEAREST if reduce == 1 else Image.Resampling.LANCZOS
+            picture = Image.fromarray(images[index]).resize(cell, filter_)
+            canvas.paste(picture, (column * (cell[0] + GAP), top + 22))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _to_pixels(images: ArrayLike | torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """[B,3,H,W] normalised -> [B,H,W,3] uint8."""
+    array = images.detach().float().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    pixels = array.transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
+    return np.ascontiguousarray((np.nan_to_num(pixels).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure. `style` chooses colour and dashes; a run has the same style in all figures."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: int = 0
+
+
+def thin(x: ArrayLike, y: ArrayLike, limit: int = MAX_POINTS) -> tuple[Array, Array]:
+    """At most `limit` of the finite points: the ends, and the lowest and highest of each stretch (no spike is lost)."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    finite = np.isfinite(xs) & np.isfinite(ys)
+    xs, ys = xs[finite], ys[finite]
+    if len(xs) <= limit:
+        return xs, ys
+    edges = np.linspace(1, len(xs) - 1, limit // 2).astype(int)
+    keep = {0, len(xs) - 1}
+    for start, stop in pairwise(edges):
+        stretch = ys[start:stop]
+        keep |= {int(start + stretch.argmin()), int(start + stretch.argmax())}
+    index = np.array(sorted(keep))
+    return xs[index], ys[index]
+
+
+def averaged(x: ArrayLike, y: ArrayLike, limit: int = 50) -> tuple[Array, Array]:
+    """At most `limit` points, each the mean of a stretch placed at its end: for noise whose spikes mean nothing."""
+    xs, ys = thin(x, y, len(np.asarray(x)))
+    edges = np.linspace(0, len(xs), min(limit, len(xs)) + 1).astype(int)
+    return xs[edges[1:] - 1], np.array([ys[start:stop].mean() for start, stop in pairwise(edges)])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values lie in a figure of 460 by 240 units, with room for ticks and, at the right, for last values."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    logarithmic: bool
+
+    width, height, left, right, top, bottom = 460, 240, 50, 404, 10, 210
+
+    def across(self, x: Array | float) -> Array:
+        share = (np.asarray(x, dtype=np.float64) - self.x_low) / ((self.x_high - self.x_low) or 1)
+        return np.asarray(self.left + (self.right - self.left) * share)
+
+    def down(self, y: Array | float) -> Array:
+        values = [np.asarray(value, dtype=np.float64) for value in (self.y_low, self.y_high, y)]
+        low, high, at = (np.log10(value) for value in values) if self.logarithmic else values
+        return np.asarray(self.bottom - (self.bottom - self.top) * (at - low) / ((high - low) or 1))
+
+
+def curves_svg(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    x_label: str = "step",
+    unit: str = "",
+    from_zero: bool = False,
+    log: bool = False,
+    last: bool = True,
+) -> Markup:
+    """An SVG line chart: grid, ticks, last values beside the lines, and what the page's script shows on hovering.
+
+    `title` and the last values are its text alternative. Colours come from the page's classes `s0` to `s5`, so that
+    it follows the theme. `log` allows a logarithmic axis where values are positive and span more than a factor
+    of 30. `last`: whether up to 6 lines have their last value written beside them. Points that are not finite are left out.
+    """
+    lines = [(curve, *thin(curve.x, curve.y)) for curve in curves]
+    lines = [line for line in lines if len(line[1])]
+    assert lines, "a figure needs at least one finite point"
+    x_low, x_high = min(float(x[0]) for _, x, _ in lines), max(float(x[-1]) for _, x, _ in lines)
+    y_low, y_high = min(float(y.min()) for *_, y in lines), max(float(y.max()) for *_, y in lines)
+    logarithmic = log and y_low > 0 and y_high > 30 * y_low
+    if logarithmic:
+        y_ticks = _log_ticks(y_low, y_high)
+    else:
+        y_ticks = ticks(0.0 if from_zero else y_low, y_high)
+        y_low, y_high = y_ticks[0], y_ticks[-1]
+    frame = _Frame(x_low, x_high, y_low, y_high, logarithmic)
+
+    ends = "; ".join(f"{curve.label} ends at {number(y[-1])}{unit}" for curve, _, y in lines)
+    parts = [
+        Markup(
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-x="{}" data-unit="{}">'
+        ).format(frame.width, frame.height, f"{title} by {x_label}: {ends}.", x_label, unit),
+        *_axes(frame, [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high], y_ticks, x_label, unit),
+    ]
+    for curve, x, y in lines:
+        points = [(f"{px:.1f}", f"{py:.1f}") for px, py in zip(frame.across(x), frame.down(y), strict=True)]
+        colour, dash = _style(curve.style)
+        parts.append(
+            Markup(
+                '<polyline class="line {}" stroke-dasharray="{}" data-label="{}" data-xs="{}" data-ys="{}" '
+                'points="{}"/>'
+            ).format(
+                colour,
+                dash,
+                curve.label,
+                " ".join(f"{value:.10g}" for value in x),
+                " ".join(number(value) for value in y),
+                " ".join(",".join(point) for point in points),
+            )
+        )
+        if len(points) <= DOTS:
+            dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="3"/>')
+            parts += [dot.format(colour, px, py) for px, py in points]
+    if last and len(lines) <= LABELS:
+        places = _apart([float(frame.down(y[-1])) for *_, y in lines], distance=13, lowest=frame.bottom - 2)
+        value = Markup('<text class="value {}" x="{:.1f}" y="{:.1f}" dy=".35em">{}</text>')
+        for (curve, x, y), place in zip(lines, places, strict=True):
+            text = number(y[-1]) + unit
+            parts.append(value.format(_style(curve.style)[0], float(frame.across(x[-1])) + 7, place, text))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _axes(
+    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, unit: str
+) -> Iterator[Markup]:
+    for tick in y_ticks:
+        y = f"{float(frame.down(tick)):.1f}"
+        yield Markup('<path class="grid" d="M{} {}H{}"/>').format(frame.left, y, frame.right)
+        yield Markup('<text class="tick end" x="{}" y="{}" dy=".35em">{}</text>').format(
+            frame.left - 6, y, short(tick) + unit
+        )
+    for tick in x_ticks:
+        yield Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>').format(
+            float(frame.across(tick)), frame.bottom + 17, short(tick)
+        )
+    yield Markup('<text class="tick" x="{}" y="{}">{}</text>').format(frame.right + 20, frame.bottom + 17, x_label)
+    yield Markup('<path class="axis" d="M{} {}H{}"/>').format(frame.left, frame.bottom, frame.right)
+
+
+def swatch(style: int) -> Markup:
+    """The sample of a line's style that legends show."""
+    colour, dash = _style(style)
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true">'
+        '<path class="line {}" d="M1 5H29" stroke-dasharray="{}"/></svg>'
+    ).format(colour, dash)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that enclose [low, high]."""
+    if high <= low:
+        margin = abs(low) / 2 or 1.0
+        low, high = (low - margin, high + margin) if low else (0.0, high + margin)
+    rough = (high - low) / count
+    power: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12 - math.floor(math.log10(step))) for index in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten within [low, high]; with their multiples by 2 and 5 where they would be few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high < 300 * low else (1,)
+    found = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    return [tick for tick in found if low <= tick <= high]
+
+
+def number(value: float) -> str:
+    """Four significant digits, without exponent where people do without: 0.6123, 71.25, 12,350, 1.5e-5."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def short(value: float) -> str:
+    """A tick of a long axis: 500, 20k, 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _style(style: int) -> tuple[str, str]:
+    return f"s{style % 6}", DASHES[style % len(DASHES)]
+
+
+def _apart(places: Sequence[float], distance: float, lowest: float) -> list[float]:
+    """Moves labels just so far that they do not overlap and end above `lowest`."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    moved = list(places)
+    for before, after in pairwise(order):
+        moved[after] = max(moved[after], moved[before] + distance)
+    limit = lowest
+    for index in reversed(order):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - distance
+    return moved

@@ -1,0 +1,225 @@
+"""Image classification: from scratch, by fine-tuning, or with label distillation (MAE-lite's recipes)."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from mimlet.data.batch import Batch
+from mimlet.errors import ConfigError, DataError
+from mimlet.methods.base import Clock, Task
+from mimlet.methods.settings import ClassifySettings
+from mimlet.models.features import Features, Taps
+from mimlet.models.parts import NORM_EPS
+from mimlet.models.vit import ViT, build_encoder
+from mimlet.models.weights import LoadReport, load_classifier, load_encoder_weights
+from mimlet.objectives.kd import hard_distillation, soft_distillation
+from mimlet.tasks.metrics import evaluating
+
+if TYPE_CHECKING:
+    from mimlet.config import Config
+
+
+class ClassifierHead(nn.Module):
+    """Features -> logits. Parameter names as in timm and MAE-lite: `fc_norm`, `head`, `dist_norm`, `head_dist`.
+
+    Pool "mean": the mean of the last block's patch tokens, which skip the encoder's final norm and get a norm of their
+    own. Pool "class": the class token after the encoder's final norm. `distilled` adds a classifier on the class token
+    that answers to the teacher; it needs pool "mean". `scale` multiplies the initial weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        pool: Literal["mean", "class"] = "mean",
+        distilled: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if distilled and pool == "class":
+            raise ConfigError("method.distill trains the class token on the teacher's labels; set method.pool=mean")
+        self.needs_class_token = distilled or pool == "class"
+        self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool == "mean" else None
+        self.head = _linear(dim, classes, scale)
+        self.dist_norm = nn.LayerNorm(dim, eps=NORM_EPS) if distilled else None
+        self.head_dist = _linear(dim, classes, scale) if distilled else None
+
+    def taps(self, depth: int) -> Taps:
+        """What to ask of an encoder with so many blocks."""
+        return Taps() if self.fc_norm is None else Taps(hidden=(depth,), tokens=False)
+
+    def forward(self, features: Features) -> tuple[Tensor, ...]:
+        """The answer to `taps` -> logits [B,K] of each classifier: one, or two when distilled."""
+        if self.fc_norm is None:
+            return (self.head(features.latent[:, 0]),)
+        (tokens,) = features.hidden.values()
+        logits = self.head(self.fc_norm(tokens[:, features.prefix :].mean(dim=1)))
+        if self.dist_norm is None or self.head_dist is None:
+            return (logits,)
+        return logits, self.head_dist(self.dist_norm(tokens[:, 0]))
+
+
+class Classify(Task):
+    """Train an encoder and its head on labels.
+
+    A batch is erased at random, then mixed (timm's order), always from the global generators. With a `teacher`
+    [B,3,H,W] -> [B,K], the second classifier learns the teacher's answer to the very same mixed images, and scores are
+    the mean of both classifiers' logits. With `settings.ema_decay`, scores come from moving averages of encoder and head.
+    """
+
+    encoder: ViT
+
+    def __init__(
+        self,
+        encoder: ViT,
+        classes: int,
+        settings: ClassifySettings | None = None,
+        teacher: nn.Module | None = None,
+        load_report: LoadReport | None = None,
+    ) -> None:
+        super().__init__()
+        settings = settings or ClassifySettings()
+        self.classes, self.settings, self.load_report = classes, settings, load_report
+        self.encoder = encoder
+        self.head = ClassifierHead(encoder.dim, classes, settings.pool, teacher is not None, settings.head_scale)
+        if self.head.needs_class_token and not encoder.prefix:
+            raise ConfigError(
+                "method.pool=class and method.distill read the class token, and this encoder has none; "
+                "set encoder.class_token=true, or method.pool=mean without method.distill"
+            )
+        if self.head.fc_norm is not None:
+            encoder.norm.requires_grad_(False)  # unused: it would stay without gradient, which DDP refuses
+        self.teacher = teacher
+        self.weights = {"classification": 1.0}
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            self.frozen = ("teacher",)
+            share = settings.distill.weight
+            self.weights = {"classification": 1 - share, "distillation": share}
+        if settings.ema_decay:
+            self.average_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.average_head = copy.deepcopy(self.head).requires_grad_(False)
+            self.ema = {"average_encoder": "encoder", "average_head": "head"}
+        self.mixup = None
+        if settings.mixup or settings.cutmix:
+            self.mixup = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
+            )
+
+    @classmethod
+    def build(cls, config: Config, classes: int = 0) -> Classify:
+        """From a configuration. What `encoder.weights` does not give keeps the initialisation of a classifier."""
+        settings = config.method
+        assert isinstance(settings, ClassifySettings)
+        classes = count_classes(settings.classes, classes)
+        encoder = build_encoder(config.encoder)
+        encoder.init_classifier_()
+        report = None
+        if config.encoder.weights:
+            report = load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
+        teacher = None
+        if settings.distill.kind != "none":
+            assert config.teacher.path is not None
+            teacher = load_classifier(config.teacher.path)
+        return cls(encoder, classes, settings, teacher, report)
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """{classification, distillation}: those in use; and, only for the log, `accuracy` on the training images in percent.
+
+        In a mixed image the heavier class counts as right.
+        """
+        images, targets = self.augment(batch)
+        logits = self.head(self.encoder(images, taps=self.head.taps(self.encoder.depth)))
+        smoothing = 0.0 if self.mixup else self.settings.smoothing
+        losses = {"classification": F.cross_entropy(logits[0].float(), targets, label_smoothing=smoothing)}
+        if self.teacher is not None:
+            with torch.no_grad():
+                answer = self.teacher(images)
+            losses["distillation"] = self._distillation(logits[1], answer)
+        right = logits[0].argmax(dim=1) == (targets.argmax(dim=1) if targets.dim() == 2 else targets)
+        return {**losses, "accuracy": 100 * right.float().mean()}
+
+    def augment(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Erased and mixed images [B,3,H,W], and their labels [B], or shares [B,K] (already smoothed) when mixing.
+
+        Raises `ConfigError` when an odd number of images is to be mixed.
+        """
+        images, labels = batch.images, batch.labels
+        assert labels is not None
+        if self.mixup and len(images) % 2:
+            raise ConfigError(
+                f"mixup and cutmix mix pairs, and here are {len(images)} images; choose schedule.batch, devices and "
+                "speed.accumulate so that every piece is even, or set method.mixup=0 and method.cutmix=0"
+            )
+        if self.settings.erasing or self.mixup:
+            images = images.clone()  # timm works in place
+        if self.settings.erasing:
+            images = RandomErasing(self.settings.erasing, mode="pixel", device=images.device)(images)
+        if self.mixup:
+            images, labels = self.mixup(images, labels)
+        return images, labels
+
+    def ema_momentum(self, clock: Clock) -> float:
+        """Constant, as in timm."""
+        return self.settings.ema_decay
+
+    @property
+    def judged(self) -> tuple[ViT, ClassifierHead]:
+        """Encoder and head that scores come from and that are worth shipping: the averages where there are any."""
+        return (self.average_encoder, self.average_head) if self.ema else (self.encoder, self.head)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [B,K] of normalised images [B,3,H,W], in eval mode."""
+        encoder, head = self.judged
+        with evaluating(encoder, head):
+            return torch.stack(head(encoder(images, taps=head.taps(encoder.depth)))).mean(dim=0)
+
+    def classifier_state(self) -> dict[str, Tensor]:
+        """The judged weights as one flat model under their official names: the encoder's bare, then the head's.
+
+        With pool "mean" the encoder's `norm.*` is left out, as in timm's models with `global_pool="avg"`.
+        """
+        encoder, head = self.judged
+        unused = "norm." if head.fc_norm is not None else ()
+        state = {name: value for name, value in encoder.state_dict().items() if not name.startswith(unused)}
+        return {**state, **head.state_dict()}
+
+    def _distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape != teacher.shape:
+            raise ConfigError(
+                f"the teacher knows {teacher.shape[1]} classes, the data has {self.classes}; "
+                "label distillation needs a teacher trained on the same classes"
+            )
+        distill = self.settings.distill
+        if distill.kind == "hard":
+            return hard_distillation(student, teacher)
+        return soft_distillation(student, teacher, distill.temperature)
+
+
+def count_classes(asked: int, found: int) -> int:
+    """The number of classes: as set, and as found in the data (0: unknown). Raises where they contradict or are missing."""
+    if asked and found and asked != found:
+        raise ConfigError(f"method.classes is {asked}, but the data has {found} classes; leave method.classes out")
+    classes = asked or found
+    if classes < 2:
+        raise DataError(
+            f"classification needs at least 2 classes, the data has {classes}; "
+            "give a folder with one subfolder per class, or another labelled source"
+        )
+    return classes
+
+
+def _linear(dim: int, classes: int, scale: float) -> nn.Linear:
+    """timm 0.4.12's classifier: truncated normal 0.02 times `scale`, no bias at start."""
+    linear = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(linear.weight, std=0.02 * scale)
+    nn.init.zeros_(linear.bias)
+    return linear

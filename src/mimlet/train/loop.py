@@ -1,0 +1,577 @@
+"""The one training loop, for pre-training and every task. It knows no method.
+
+**Exact resumption.** Everything random in a step is seeded by (seed, step, process, micro-batch), and data are a
+function of the step. So the state of training is the step, the method without its frozen parts, the optimiser's memory,
+the gradient scaler and the seconds spent. What was judged before is read back from the run's metrics.
+
+**Waiting.** On an accelerator only the steps that log, judge or save wait for the device; a loss that is not finite is
+found there. Among several processes those are also the steps at which they agree on stopping and on saving by the
+clock: a signal is answered within `run.log_steps` steps, by a single process after the step under way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from time import perf_counter
+from types import FrameType
+from typing import NoReturn
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor, nn
+
+from mimlet.atomic import write_atomic
+from mimlet.config import Config, ScheduleSettings
+from mimlet.data.batch import Batch
+from mimlet.data.loader import plain_worker_errors
+from mimlet.data.seeding import key
+from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped
+from mimlet.methods.base import Clock, Method
+from mimlet.run import LINE_KEYS, Kind, RunFolder, Value
+from mimlet.train import optim
+from mimlet.train.checkpoint import Checkpoints, State, to_bytes, write_checked
+from mimlet.train.distributed import Piece, Step, gather_objects, gather_rows, idle_parameters, weighted
+
+Batches = Callable[[int, int], Generator[Batch, None, None]]
+"""(first step, total steps) -> this process's micro-batches of those steps, `speed.accumulate` per step, on the CPU."""
+
+Evaluate = Callable[[Method], dict[str, float]]
+"""Judges a method in eval mode, on every process. Of what it returns, the first number says which is best: the highest.
+"""
+
+UNREADABLE_AFTER = 100
+"""Images seen before the share of unreadable ones can stop a run; one epoch, if that is shorter."""
+
+SAME_REQUEST = 1.0
+"""Seconds within which a second signal is the same request: a terminal and a launcher may both deliver it."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training came to: steps done, losses last logged, last and best evaluation, seconds over all resumes."""
+
+    steps: int
+    losses: dict[str, float]
+    evaluation: dict[str, float]
+    best: dict[str, float]
+    best_step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule in optimiser steps; `evaluate_every` is 0 for an evaluation at the end only."""
+
+    total: int
+    warmup: int
+    evaluate_every: int
+    per_epoch: int
+
+    @staticmethod
+    def make(schedule: ScheduleSettings, per_epoch: int) -> Plan:
+        """From settings in epochs or steps; `ConfigError` when the warm-up is not shorter than the training."""
+        total = schedule.steps or max(1, round(schedule.epochs * per_epoch))
+        warmup = round(schedule.warmup * total if schedule.warmup else schedule.warmup_epochs * per_epoch)
+        if warmup >= total:
+            raise ConfigError(
+                f"a warm-up of {warmup} steps is not shorter than the training of {total} steps "
+                f"({per_epoch} per epoch); lower schedule.warmup_epochs, or give schedule.warmup as a fraction"
+            )
+        every = max(1, round(schedule.eval_epochs * per_epoch)) if schedule.eval_epochs else 0
+        return Plan(total, warmup, every, per_epoch)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after `step` steps."""
+        return step == self.total or bool(step and self.evaluate_every and step % self.evaluate_every == 0)
+
+
+def fit(
+    method: Method,
+    config: Config,
+    fabric: Fabric,
+    batches: Batches,
+    steps_per_epoch: int,
+    *,
+    run: RunFolder | None = None,
+    evaluate: Evaluate | None = None,
+) -> FitResult:
+    """Trains `method` to the end of `config.schedule`, from the newest checkpoint in `run` if there is one.
+
+    `run` is given on the first process only; without it nothing is written. The method comes back in eval mode on the
+    fabric's device. Raises `TrainingStopped` after a signal, with a checkpoint saved; `RunError` when a loss is not
+    finite (what led to it is written to the run folder, a checkpoint is not) or the disk refuses; `DataError` when too
+    many files are unreadable.
+    """
+    with _answered_signals(fabric.is_global_zero) as stop, plain_worker_errors():
+        loop = _Loop(method, config, fabric, Plan.make(config.schedule, steps_per_epoch), run, evaluate, stop)
+        stream = batches(loop.step, loop.plan.total)
+        try:
+            with loop.display:
+                return loop.train(stream)
+        finally:
+            stream.close()
+
+
+@dataclass
+class _Stop:
+    """The exit code a signal asks for, 0 for none."""
+
+    code: int = 0
+
+
+@dataclass
+class _Interval:
+    """What happened since the last log: per step the losses (on the device) and images, and the seconds waited for
+    data.
+    """
+
+    first: int
+    began: float = field(default_factory=perf_counter)
+    waited: float = 0.0
+    losses: list[dict[str, Tensor]] = field(default_factory=list)
+    indices: list[list[Tensor]] = field(default_factory=list)
+
+    def means(self) -> dict[str, float]:
+        """Each loss averaged over the steps. Waits for the device."""
+        names = list(self.losses[0])
+        rows = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self.losses])
+        return dict(zip(names, rows.mean(0).tolist(), strict=True))
+
+
+class _Loop:
+    """A training under way. `step` counts the optimiser steps done."""
+
+    def __init__(
+        self,
+        method: Method,
+        config: Config,
+        fabric: Fabric,
+        plan: Plan,
+        run: RunFolder | None,
+        evaluate: Evaluate | None,
+        stop: _Stop,
+    ) -> None:
+        self.method, self.config, self.fabric, self.plan = method, config, fabric, plan
+        self.run, self.evaluate, self.stop = run, evaluate, stop
+        self.display = Display(plan.total, fabric.is_global_zero)
+        self.checkpoints = Checkpoints(run.checkpoints, config.run.keep, self.say) if run else None
+        self.step = 0
+        self.began = self.saved_at = perf_counter()
+        self.seconds_before = 0.0
+        self.images = self.unreadable = 0
+        self.new_images = 0
+        self.new_unreadable: list[tuple[str, str]] = []
+        self.losses: dict[str, float] = {}
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+
+        for part in _parts(method, (*method.frozen, *method.ema)):
+            part.requires_grad_(False)
+        method.to(fabric.device)
+        self.trained = optim.trained_parameters(method)
+        self.peak = optim.peak_learning_rate(config.optim, config.schedule.batch)
+        self.scaled = fabric.strategy.precision.precision == "16-mixed"
+        groups = optim.parameter_groups(method, config.optim)
+        self.optimizer = optim.make_optimizer(groups, config.optim, fused=not self.scaled)
+        self.followers = [
+            (follower, getattr(method, leader))
+            for name, leader in method.ema.items()
+            for follower in _parts(method, [name])
+        ]
+        self._restore()
+        self.interval = _Interval(self.step)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all resumes."""
+        return self.seconds_before + perf_counter() - self.began
+
+    def say(self, text: str) -> None:
+        """Tells the user, and leaves a note in the run's metrics."""
+        self.display.say(text)
+        if self.run:
+            self._record("note", {"text": text})
+
+    def train(self, stream: Iterator[Batch]) -> FitResult:
+        """The remaining steps."""
+        self._set_modes()
+        if self.plan.evaluates(self.step) and all(step != self.step for step, _ in self.evaluations):
+            self._judge()
+        if self.step < self.plan.total:
+            stream = self._wrap(stream)
+        self.interval = _Interval(self.step)
+        while self.step < self.plan.total:
+            self._one_step(stream)
+            self._between_steps()
+        self.method.eval()
+        best_step, best = max(self.evaluations, key=lambda item: _score(item[1]), default=(0, {}))
+        last = self.evaluations[-1][1] if self.evaluations else {}
+        return FitResult(self.step, self.losses, last, best, best_step, self.seconds)
+
+    def _one_step(self, stream: Iterator[Batch]) -> None:
+        """Gradients of `accumulate` micro-batches, one step of the optimiser, then of the followers."""
+        clock, pieces = self._clock(), self.config.speed.accumulate
+        self.lr = optim.learning_rate(self.step, self.plan.total, self.plan.warmup, self.peak, self.config.optim.min_lr)
+        optim.set_learning_rate(self.optimizer, self.lr)
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        indices = []
+        for piece in range(pieces):
+            batch = self._next(stream)
+            indices.append(batch.indices)
+            _seed(key("step", self.config.seed, self.step, self.fabric.global_rank, piece))
+            with self.fabric.no_backward_sync(self.module, enabled=piece < pieces - 1):
+                losses: dict[str, Tensor] = self.module(Piece(self._prepare(batch), clock))
+                loss = weighted(losses, self.method.weights)
+                self.fabric.backward(loss / pieces)
+            for name, value in (("loss", loss), *losses.items()):
+                share = value.detach() / pieces
+                sums[name] = sums[name] + share if name in sums else share
+        norm = self._update(clock)
+        if norm is not None:
+            sums["grad_norm"] = norm
+        self.interval.losses.append(sums)
+        self.interval.indices.append(indices)
+        self.step += 1
+
+    def _update(self, clock: Clock) -> Tensor | None:
+        """Everything after backward; the gradient norm where it is clipped."""
+        norm = None
+        if self.scaled:
+            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
+        self.method.on_gradients(clock)
+        if self.config.optim.clip:
+            norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip)
+        self.fabric.strategy.optimizer_step(self.optimizer)
+        if self.followers:
+            momentum = self.method.ema_momentum(clock)
+            for follower, leader in self.followers:
+                optim.follow(follower, leader, momentum)
+        self.method.after_step(clock)
+        return norm
+
+    def _between_steps(self) -> None:
+        """Log, save, stop, judge: whatever is due."""
+        settings, last = self.config.run, self.step == self.plan.total
+        logs = last or self.step % settings.log_steps == 0
+        judges = self.evaluate is not None and self.plan.evaluates(self.step)
+        saves = last or judges or bool(settings.checkpoint_steps and self.step % settings.checkpoint_steps == 0)
+        if self.fabric.world_size > 1 and not (logs or saves):
+            return
+        means = self.interval.means() if logs else {}
+        late = perf_counter() - self.saved_at > 60 * settings.checkpoint_minutes
+        row = [float(self.stop.code), float(late), float(self.new_images), float(len(self.new_unreadable))]
+        rows = gather_rows(self.fabric, [*row, *means.values()])
+        code = int(max(row[0] for row in rows))
+        self._count_unreadable(sum(int(row[2]) for row in rows), sum(int(row[3]) for row in rows))
+        if logs:
+            self._log({name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(means, start=4)})
+        if saves or code or rows[0][1]:
+            self._save()
+        if code:
+            name = signal.Signals(code - 128).name
+            where = f"; saved in {self.run.path}, continue with --resume" if self.run else ""
+            raise TrainingStopped(f"stopped by {name} after step {self.step} of {self.plan.total}{where}", code)
+        if judges:
+            self._judge()
+
+    def _log(self, means: dict[str, float]) -> None:
+        """Writes the interval's averages and begins another; stops on a loss that is not finite."""
+        if not all(math.isfinite(means[name]) for name in ("loss", *self.method.weights) if name in means):
+            self._stop_nonfinite()
+        interval, now = self.interval, perf_counter()
+        per_step = (now - interval.began) / (self.step - interval.first)
+        weighted_names = [name for name in means if name in self.method.weights]
+        self.losses = {name: means[name] for name in ("loss", *weighted_names)}
+        values = {f"loss/{name}" if name in weighted_names else name: value for name, value in means.items()}
+        values["lr"] = self.lr
+        values["images_per_second"] = self.config.schedule.batch / per_step
+        values["data_wait"] = interval.waited / (now - interval.began)
+        values["memory_mib"] = _memory(self.fabric.device)
+        self.display.update(self.step, self._epoch(), values, (self.plan.total - self.step) * per_step)
+        self._record("train", values)
+        self.interval = _Interval(self.step)
+
+    def _judge(self) -> None:
+        """Evaluates, and keeps the weights if they are the best so far."""
+        if self.evaluate is None:
+            return
+        self.method.eval()
+        with self._pause(), torch.no_grad():
+            values = self.evaluate(self.method)
+            self._set_modes()
+            best = all(_score(values) > _score(earlier) for _, earlier in self.evaluations)
+            self.evaluations.append((self.step, values))
+            self._record("eval", values)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.display.say(f"step {self.step}, evaluation: {numbers}")
+            if best and self.run:
+                write_checked(self.run.checkpoints / "best.pt", {"step": self.step, "method": self._trained_state()})
+
+    def _save(self) -> None:
+        """Writes a checkpoint, unless anything in it is not finite."""
+        finite = [parameter.isfinite().all() for parameter in self.trained.values()]
+        finite += [losses["loss"].isfinite() for losses in self.interval.losses]
+        if not all(row[0] for row in gather_rows(self.fabric, [float(torch.stack(finite).all())])):
+            self._stop_nonfinite()
+        with self._pause():
+            if self.checkpoints:
+                state = {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "method": self._trained_state(),
+                    "optimizer": optim.optimizer_state(self.optimizer, self.trained),
+                    "scaler": self.fabric.strategy.precision.state_dict(),
+                }
+                self.checkpoints.save(self.step, state)
+        self.saved_at = perf_counter()
+
+    def _restore(self) -> None:
+        """Continues from the newest whole checkpoint. The first process reads, the others are told."""
+        found: tuple[int, State] | None = None
+        if self.run and self.checkpoints:
+            found = self.checkpoints.latest()
+            for line in self.run.rewind(found[0] if found else 0):
+                if line["kind"] == "eval":
+                    values = {name: float(value) for name, value in line.items() if name not in LINE_KEYS}
+                    self.evaluations.append((int(line["step"]), values))
+        found, self.evaluations = self.fabric.broadcast((found, self.evaluations))
+        if found is None:
+            return
+        self.step, state = found
+        _load(self.method, state["method"])
+        optim.load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.seconds_before = state["seconds"]
+        self.say(f"resumed after step {self.step} of {self.plan.total}")
+
+    def _wrap(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Hands the method to Fabric. Compiling and DDP need a trial on the first micro-batch; the stream comes back
+        whole.
+        """
+        compiled, several = self.config.speed.compile, self.fabric.world_size > 1
+        if compiled or several:
+            first = next(stream)
+            stream = itertools.chain([first], stream)
+            trial = self._prepare(first)
+            if compiled:
+                try:
+                    idle_parameters(self.method, self.fabric, trial, self._clock(), compiled=True)
+                    self.method.encoder.compile()
+                except Exception as error:  # whatever the compiler meets: training goes on without it
+                    reason = str(error).strip().partition("\n")[0]
+                    self.say(f"continuing without torch.compile, which failed: {type(error).__name__}: {reason}")
+            if several:
+                self._mute(idle_parameters(self.method, self.fabric, trial, self._clock()))
+        self.module = self.fabric.setup_module(Step(self.method))
+        return stream
+
+    def _mute(self, idle: list[str]) -> None:
+        """DDP would wait for these gradients for ever."""
+        for name in idle:
+            self.trained[name].requires_grad_(False)
+        if idle:
+            self.say(f"{len(idle)} parameters get no gradient from this method and are left out, for example {idle[0]}")
+
+    def _next(self, stream: Iterator[Batch]) -> Batch:
+        before = perf_counter()
+        batch = next(stream)
+        self.interval.waited += perf_counter() - before
+        self.new_images += len(batch)
+        self.new_unreadable += batch.unreadable
+        return batch
+
+    def _prepare(self, batch: Batch) -> Batch:
+        augment = self.config.data.augment
+        return batch.prepare(self.fabric.device, augment.mean, augment.std)
+
+    def _count_unreadable(self, images: int, unreadable: int) -> None:
+        """Lists new unreadable files of all processes; `DataError` when their share is too large."""
+        self.images += images
+        self.unreadable += unreadable
+        files = list(itertools.chain(*gather_objects(self.fabric, self.new_unreadable))) if unreadable else []
+        self.new_images, self.new_unreadable = 0, []
+        if self.run:
+            self.run.unreadable(files)
+        most = self.config.data.max_unreadable
+        enough = min(UNREADABLE_AFTER, self.plan.per_epoch * self.config.schedule.batch)
+        if files and self.images >= enough and self.unreadable > most * self.images:
+            listed = f"; all are listed in {self.run.path / 'unreadable.txt'}" if self.run else ""
+            raise DataError(
+                f"{self.unreadable:,} of {self.images:,} images could not be read, more than data.max_unreadable "
+                f"allows ({most:.0%}). For example {files[0][0]}: {files[0][1]}{listed}"
+            )
+
+    def _stop_nonfinite(self) -> NoReturn:
+        """Writes what led here and raises."""
+        history = [{name: float(value) for name, value in losses.items()} for losses in self.interval.losses]
+        bad = (i for i, losses in enumerate(history) if not all(map(math.isfinite, losses.values())))
+        first = next(bad, len(history) - 1)
+        names = ", ".join(f"{name} {value:.4g}" for name, value in history[first].items())
+        where = ""
+        if self.run and self.checkpoints:
+            path = self.run.path / f"nonfinite_step_{self.step}.pt"
+            state = {
+                "step": self.step,
+                "first_step": self.interval.first + first,
+                "losses": history,
+                "indices": self.interval.indices,
+                "method": self._trained_state(),
+            }
+            write_atomic(path, to_bytes(state))
+            kept = self.checkpoints.steps()
+            newest = f"the newest checkpoint, step {kept[-1]}, is from before" if kept else "there is no checkpoint yet"
+            where = f" Losses, image numbers and weights are in {path}; {newest}."
+        raise RunError(
+            f"the loss or the weights are not finite at step {self.interval.first + first} ({names}).{where} Lower "
+            f"optim.lr (now {self.config.optim.lr:g}), set optim.clip=1.0, or use speed.precision=32"
+        )
+
+    def _trained_state(self) -> State:
+        """The method's state without its frozen parts."""
+        held = _prefixes(self.method)
+        return {name: value for name, value in self.method.state_dict().items() if not name.startswith(held)}
+
+    def _set_modes(self) -> None:
+        self.method.train()
+        for part in _parts(self.method, self.method.frozen):
+            part.eval()
+
+    def _clock(self) -> Clock:
+        return Clock(self.step, self.plan.total, self.plan.per_epoch, self.config.seed)
+
+    def _epoch(self) -> float:
+        return self.step / self.plan.per_epoch
+
+    def _record(self, kind: Kind, values: Mapping[str, Value]) -> None:
+        if self.run:
+            self.run.log(kind, self.step, self._epoch(), self.seconds, values)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Keeps saving and judging out of the measured speed."""
+        before = perf_counter()
+        yield
+        self.interval.began += perf_counter() - before
+
+
+class Display:
+    """Progress on the first process: a bar on a terminal, elsewhere a line per log, on standard error."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.total = total
+        self.console = Console(stderr=True, quiet=not shown)
+        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """A sentence."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, step: int, epoch: float, values: Mapping[str, float], seconds_left: float) -> None:
+        """The newest averages, and the time left."""
+        parts = ", ".join(f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/"))
+        text = (
+            f"epoch {epoch:.2f}  loss {values['loss']:.4f}{f' ({parts})' if ',' in parts else ''}  "
+            f"lr {values['lr']:.2e}  {values['images_per_second']:.4g} img/s  data {values['data_wait']:.0%}  "
+            f"{values['memory_mib'] / 1024:.1f} GiB  left {timedelta(seconds=round(seconds_left))}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text)
+        else:
+            self.say(f"step {step}/{self.total}  {text}")
+
+
+@contextmanager
+def _answered_signals(shown: bool) -> Iterator[_Stop]:
+    """SIGTERM and SIGINT ask the loop to stop; a second one, a second later, ends the process at once.
+
+    Loader processes inherit the handlers: they leave SIGINT, which a terminal sends to everybody, to the main process.
+    """
+    stop, owner, first = _Stop(), os.getpid(), 0.0
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        ours = os.getpid() == owner
+        if (ours and stop.code and perf_counter() - first > SAME_REQUEST) or (not ours and number == signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif ours and not stop.code:
+            stop.code, first = 128 + number, perf_counter()
+            if shown:  # os.write, because a handler may interrupt a print
+                os.write(2, f"{signal.Signals(number).name}: saving after this step; again to quit at once\n".encode())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, answer) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _load(method: Method, state: State) -> None:
+    """Puts a checkpoint's tensors into the method; `RunError` unless they are exactly its trained parts."""
+    try:
+        result = method.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise RunError(f"the checkpoint does not fit the method as configured now: {error}") from None
+    odd = [*result.unexpected_keys, *(name for name in result.missing_keys if not name.startswith(_prefixes(method)))]
+    if odd:
+        raise RunError(
+            f"the checkpoint does not fit the method as configured now: {len(odd)} tensors are in only one of them, "
+            f"for example {odd[0]}. Repeat the settings of the run, or give another --out"
+        )
+
+
+def _seed(number: int) -> None:
+    """Seeds every global generator: drop path draws from torch's, timm's mixup from numpy's."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)  # noqa: NPY002
+
+
+def _parts(method: Method, names: Iterable[str]) -> list[nn.Module]:
+    """The named parts; one that this configuration does without is None and left out."""
+    return [part for name in names if (part := getattr(method, name)) is not None]
+
+
+def _prefixes(method: Method) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in method.frozen)
+
+
+def _score(values: Mapping[str, float]) -> float:
+    return next(iter(values.values()))
+
+
+def _memory(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,139 @@
+"""Parameter groups, optimisers, the learning rate and moving averages."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TypedDict, cast
+
+import torch
+from timm.optim.lars import Lars
+from torch import Tensor, nn
+
+from mimlet.config import OptimSettings
+from mimlet.methods.base import Method
+
+
+class Group(TypedDict):
+    """Parameters that share a learning-rate scale and a weight decay. `always_adapt` is read by LARS only: adapt
+    without decay too.
+    """
+
+    params: list[nn.Parameter]
+    lr_scale: float
+    weight_decay: float
+    always_adapt: bool
+
+
+def trained_parameters(method: Method) -> dict[str, nn.Parameter]:
+    """The parameters an optimiser may change, by name: neither in frozen parts nor in followers, and asking for a
+    gradient.
+    """
+    held = tuple(f"{part}." for part in (*method.frozen, *method.ema))
+    return {
+        name: parameter
+        for name, parameter in method.named_parameters()
+        if parameter.requires_grad and not name.startswith(held)
+    }
+
+
+def parameter_groups(method: Method, optim: OptimSettings) -> list[Group]:
+    """Groups by (scale of the learning rate, weight decay), in the order of the method's parameters.
+
+    One-dimensional parameters and biases never decay; class token, mask token and position tables decay only with
+    `decay_tokens` (MAE's pre-training has them decay, its fine-tuning not); relative position tables always decay. With
+    `layer_decay` d < 1 and N blocks the scale is d^(N + 1 - i): i = 0 for the encoder's tokens, positions and patch
+    embedding, k for its k-th block, N + 1 for the rest (BEiT's rule, as in MAE's fine-tuning).
+    """
+    depth = cast(int, method.encoder.depth) if optim.layer_decay < 1 else 0
+    groups: dict[tuple[float, float, bool], Group] = {}
+    for name, parameter in trained_parameters(method).items():
+        matrix = parameter.ndim > 1 and not name.endswith(".bias")
+        decays = matrix and (optim.decay_tokens or not name.endswith(("_token", "pos_embed")))
+        scale = optim.layer_decay ** (depth + 1 - _layer(name, depth))
+        decay = optim.weight_decay if decays else 0.0
+        # LARS adapts matrices even where nothing decays, and never vectors (MAE's linear probing).
+        group = Group(params=[], lr_scale=scale, weight_decay=decay, always_adapt=matrix)
+        key = (scale, decay, matrix if optim.name == "lars" else False)
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """The number of a parameter's layer for layer-wise decay, 0 to depth + 1."""
+    if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    return 0 if re.match(r"encoder\.(\w+_token$|pos_embed$|patch_embed\.)", name) else depth + 1
+
+
+def make_optimizer(groups: list[Group], optim: OptimSettings, *, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW, SGD or LARS over `groups`; the learning rate is set before every step (`set_learning_rate`).
+
+    `fused`: one kernel for all of AdamW; not to be used under a gradient scaler, which such an optimiser would bypass.
+    """
+    params = cast(list[dict[str, object]], groups)
+    if optim.name == "adamw":
+        device = groups[0]["params"][0].device.type
+        return torch.optim.AdamW(
+            params, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused and device in ("cpu", "cuda", "mps")
+        )
+    if optim.name == "sgd":
+        return torch.optim.SGD(params, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    lars: torch.optim.Optimizer = Lars(params, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+    return lars
+
+
+def peak_learning_rate(optim: OptimSettings, batch: int) -> float:
+    """`lr * batch / lr_batch`, or `lr` itself where `lr_batch` is 0."""
+    return optim.lr * batch / optim.lr_batch if optim.lr_batch else optim.lr
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
+    """The learning rate of `step` (from 0): linear from 0 over `warmup` steps, then half a cosine from `peak` towards
+    `minimum`.
+
+    The first step of a warm-up has rate 0, as in MAE; the cosine would reach `minimum` at step `total`, one after the
+    last.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group `lr` times its scale; the scale applies to the whole schedule, minimum included."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+@torch.no_grad()
+def follow(follower: nn.Module, leader: nn.Module, momentum: float) -> None:
+    """One step of a moving average: follower = momentum * follower + (1 - momentum) * leader.
+
+    Holds for parameters and floating buffers; whole numbers, such as batch norm's counter, are copied.
+    """
+    for mine, theirs in (
+        (list(follower.parameters()), list(leader.parameters())),
+        (list(follower.buffers()), list(leader.buffers())),
+    ):
+        floating = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
+        if floating:
+            torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - momentum)
+        for a, b in zip(mine, theirs, strict=True):
+            if not a.is_floating_point():
+                a.copy_(b)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's memory by parameter name, which outlives another grouping or another number of processes."""
+    return {name: dict(optimizer.state[parameter]) for name, parameter in names.items() if parameter in optimizer.state}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, dict[str, Tensor]]
+) -> None:
+    """Undoes `optimizer_state`. Hyper-parameters stay as the optimiser was made."""
+    by_parameter = {parameter: state[name] for name, parameter in names.items() if name in state}
+    order = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    memory = {index: by_parameter[parameter] for index, parameter in enumerate(order) if parameter in by_parameter}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})

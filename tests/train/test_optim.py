@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mimlet.config import Config, OptimSettings
+from mimlet.data.batch import Batch
+from mimlet.methods.base import Clock, Method
+from mimlet.train.optim import (
+    follow,
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    parameter_groups,
+    peak_learning_rate,
+    set_learning_rate,
+    trained_parameters,
+)
+from tests.shared import golden
+from tests.train.toy import Toy
+
+HEAD = ("fc_norm.", "head.", "dist_norm.", "head_dist.")
+
+
+class Named(Method):
+    """Parameters with given names and shapes."""
+
+    weights: dict[str, float]
+
+    def __init__(self, shapes: dict[str, list[int]], depth: int) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        for name, shape in shapes.items():
+            *path, last = name.split(".")
+            place: nn.Module = self
+            for part in path:
+                if not hasattr(place, part):
+                    place.add_module(part, nn.Module())
+                place = getattr(place, part)
+            place.register_parameter(last, nn.Parameter(torch.zeros(shape)))
+        self.encoder.depth = depth  # type: ignore[assignment]
+
+    @classmethod
+    def build(cls, config: Config, classes: int = 0) -> "Named":
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def flat_groups(method: Method, optim: OptimSettings) -> dict[str, list[float]]:
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    groups = parameter_groups(method, optim)
+    return {names[p]: [group["lr_scale"], group["weight_decay"]] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("variant", ["gap", "cls", "distilled", "rpe", "rpe_ls"])
+def test_groups_equal_the_official_fine_tuning(variant: str) -> None:
+    oracle = golden("mae_lite_classifier")
+    official = oracle.meta["param_groups"]["groups"][variant]
+    ours = {name: f"head.{name}" if name.startswith(HEAD) else f"encoder.{name}" for name in official}
+    shapes = {ours[name]: oracle.meta["weights_shapes"][f"{variant}.{name}"] for name in official}
+    optim = OptimSettings(layer_decay=0.85, weight_decay=0.05, decay_tokens=False)
+    groups = flat_groups(Named(shapes, depth=3), optim)
+    assert groups.keys() == shapes.keys()
+    for name, expected in official.items():
+        assert groups[ours[name]] == pytest.approx(expected, rel=1e-9), name
+
+
+def test_tokens_decay_in_pre_training_and_vectors_never_do() -> None:
+    shapes = {
+        "encoder.cls_token": [1, 1, 4],
+        "encoder.norm.weight": [4],
+        "decoder.mask_token": [1, 1, 4],
+        "decoder.pos_embed": [1, 5, 4],
+        "odd.bias": [2, 2],
+    }
+    optim = OptimSettings(weight_decay=0.1)
+    assert flat_groups(Named(shapes, 1), optim) == {
+        "encoder.cls_token": [1, 0.1],
+        "encoder.norm.weight": [1, 0],
+        "decoder.mask_token": [1, 0.1],
+        "decoder.pos_embed": [1, 0.1],
+        "odd.bias": [1, 0],
+    }
+    without = flat_groups(Named(shapes, 1), optim.model_copy(update={"decay_tokens": False}))
+    assert {decay for _, decay in without.values()} == {0}
+
+
+def test_frozen_parts_followers_and_fixed_parameters_are_left_out() -> None:
+    toy = Toy()
+    toy.head.bias.requires_grad_(False)
+    names = trained_parameters(toy).keys()
+    assert {name.split(".")[0] for name in names} == {"encoder", "head", "idle"}
+    assert "head.bias" not in names
+
+
+def test_learning_rate_numbers() -> None:
+    rates = [learning_rate(step, 12, 4, 2.0, 0.2) for step in range(12)]
+    assert rates[:5] == [0, 0.5, 1.0, 1.5, 2.0]
+    assert rates[8] == pytest.approx(1.1)
+    assert rates[11] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate(12, 12, 4, 2.0, 0.2) == pytest.approx(0.2)
+    assert learning_rate(0, 10, 0, 2.0, 0.0) == 2.0
+
+
+def test_peak_learning_rate_is_linear_in_the_batch_or_absolute() -> None:
+    assert peak_learning_rate(OptimSettings(lr=1.5e-4, lr_batch=256), 4096) == pytest.approx(2.4e-3)
+    assert peak_learning_rate(OptimSettings(lr=0.03, lr_batch=0), 512) == 0.03
+
+
+def test_the_scale_multiplies_the_whole_schedule() -> None:
+    shapes = {"encoder.cls_token": [1, 1, 4], "encoder.blocks.0.w": [4, 4], "head.w": [4, 4]}
+    optim = OptimSettings(layer_decay=0.5)
+    optimizer = make_optimizer(parameter_groups(Named(shapes, 1), optim), optim)
+    set_learning_rate(optimizer, 0.8)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [0.2, 0.4, 0.8]
+
+
+def test_adamw_is_torch_adamw() -> None:
+    optim = OptimSettings(weight_decay=0.1, betas=(0.8, 0.9))
+    ours, theirs = Named({"head.w": [2, 2]}, 1), Named({"head.w": [2, 2]}, 1)
+    optimizer = make_optimizer(parameter_groups(ours, optim), optim)
+    other = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1, betas=(0.8, 0.9), foreach=False)
+    for _ in range(3):
+        set_learning_rate(optimizer, 0.1)
+        for method, one in ((ours, optimizer), (theirs, other)):
+            one.zero_grad()
+            (method.head.w + torch.tensor([[1.0, -2.0], [0.5, 3.0]])).square().sum().backward()  # type: ignore[union-attr, operator]
+            one.step()
+    torch.testing.assert_close(ours.head.w, theirs.head.w)  # type: ignore[union-attr]
+
+
+def test_sgd_has_nesterov_momentum() -> None:
+    optim = OptimSettings(name="sgd", momentum=0.9, nesterov=True, weight_decay=0)
+    method = Named({"head.w": [1, 1]}, 1)
+    optimizer = make_optimizer(parameter_groups(method, optim), optim)
+    for _ in range(2):
+        set_learning_rate(optimizer, 1.0)
+        optimizer.zero_grad()
+        (2 * method.head.w).sum().backward()  # type: ignore[union-attr, operator]
+        optimizer.step()
+    # Steps of g + 0.9 v with v = 2, then 0.9 * 2 + 2.
+    assert float(method.head.w) == pytest.approx(-(2 + 0.9 * 2) - (2 + 0.9 * 3.8))  # type: ignore[union-attr, arg-type]
+
+
+def test_lars_adapts_matrices_without_decay_and_never_vectors() -> None:
+    optim = OptimSettings(name="lars", momentum=0.9, weight_decay=0)
+    method = Named({"head.w": [1, 2], "head.b": [2]}, 1)
+    matrix, vector = method.head.w, method.head.b  # type: ignore[union-attr]
+    assert isinstance(matrix, nn.Parameter)
+    assert isinstance(vector, nn.Parameter)
+    nn.init.constant_(matrix, 3.0)
+    optimizer = make_optimizer(parameter_groups(method, optim), optim)
+    set_learning_rate(optimizer, 2.0)
+    matrix.grad, vector.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 1.0])
+    optimizer.step()
+    ratio = 0.001 * 18**0.5 / 5
+    torch.testing.assert_close(matrix.data, 3 - 2 * ratio * torch.tensor([[3.0, 4.0]]))
+    torch.testing.assert_close(vector.data, torch.tensor([-2.0, -2.0]))
+
+
+def test_optimizer_memory_survives_another_grouping() -> None:
+    first, second = Toy(), Toy()
+    settings = [OptimSettings(weight_decay=0.05), OptimSettings(weight_decay=0)]
+    optimizers = [make_optimizer(parameter_groups(m, s), s) for m, s in zip((first, second), settings, strict=True)]
+    assert [len(optimizer.param_groups) for optimizer in optimizers] == [2, 1]
+    first.encoder(torch.randn(4, 3, 4, 4)).square().sum().backward()
+    optimizers[0].step()
+    state = optimizer_state(optimizers[0], trained_parameters(first))
+    assert "head.weight" not in state
+    load_optimizer_state(optimizers[1], trained_parameters(second), state)
+    again = optimizer_state(optimizers[1], trained_parameters(second))
+    assert again.keys() == state.keys()
+    torch.testing.assert_close(again, state, rtol=0, atol=0)
+    assert optimizers[1].param_groups[0]["weight_decay"] == 0
+
+
+def test_followers_average_floats_and_copy_counters() -> None:
+    leader, follower = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    nn.init.constant_(leader.weight, 5.0)
+    leader.running_mean.fill_(4.0)  # type: ignore[union-attr]
+    leader.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
+    follow(follower, leader, 0.75)
+    assert follower.weight.tolist() == [2, 2]
+    assert follower.running_mean.tolist() == [1, 1]  # type: ignore[union-attr]
+    assert follower.running_var.tolist() == [1, 1]  # type: ignore[union-attr]
+    assert int(follower.num_batches_tracked) == 7  # type: ignore[arg-type]
