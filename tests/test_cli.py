@@ -1,9 +1,9 @@
 """The command line: what is answered at once, how errors look, and what reaches the functions behind the verbs."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +49,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "teacher.pth").touch()
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "config.json").write_text(
-        validate({"method": {"name": "mae"}, "schedule": {"epochs": 3}, "run": {"out": "runs/tiny"}}).model_dump_json()
+        validate(
+            {
+                "method": {"name": "mae"},
+                "schedule": {"epochs": 3},
+                "data": {"path": ["photos"], "eval": ["photos"]},
+                "run": {"out": "runs/tiny"},
+            }
+        ).model_dump_json()
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -82,10 +89,11 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 )
 def test_answers_at_once_and_without_torch(arguments: list[str], code: int, answer: str) -> None:
     best = float("inf")
-    for _ in range(5):  # the fastest of five: other work on the machine is not ours
-        start = time.perf_counter()
+    for _ in range(5):  # processor seconds, and the least of five: other work on the machine is not ours
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - start)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime)
         if best < 0.5:
             break
     assert done.returncode == code, done.stderr
@@ -125,13 +133,14 @@ def test_many_problems_still_take_five_lines(capsys: pytest.CaptureFixture[str])
         (["pretrain", "--data", "photo"], "data.path: no such file or folder 'photo' (did you mean 'photos'?)"),
         (["pretrain", "--data", "photos", "photos"], "'photos' is not an override"),
         (["pretrain", "--data", "photos", "--epochs", "2", "--steps", "3"], "in epochs or in steps, not both"),
-        (["pretrain", "--data", "photos", "--epochs", "ten"], "Invalid value for '--epochs': Input should be a valid number"),
+        (["pretrain", "--data", "photos", "--epochs", "ten"], "Invalid value for '--epochs': Input should be"),
         (["pretrain", "--data", "photos", "--precision", "fp16"], "Invalid value for '--precision': 'fp16'"),
         (["pretrain", "--data", "photos", "--allow-changes"], "give --resume as well"),
         (["pretrain", "--resume", "--out", "runs/tin"], "no such file or folder 'runs/tin' (did you mean 'tiny'?)"),
         (["pretrain", "--resume", "--out", "photos"], "nothing to resume in 'photos': has no config.json"),
         (["finetune", "--resume", "--out", "runs/tiny"], "use `mimlet pretrain`"),
         (["finetune", "--data", "photos", "--sweep"], "this recipe has no [sweep] table"),
+        (["finetune", "--data", "photos", "--sweep", "--resume"], "leave out --resume"),
         (["probe", "runs/tin"], "no such file or folder 'runs/tin' (did you mean 'tiny'?)"),
         (["probe", "photos"], "'photos' is not a run folder: it has no config.json"),
         (["probe", "runs/tiny"], "no images: give --data"),
@@ -192,11 +201,10 @@ def test_own_recipe_file(place: Path, api: Recorder) -> None:
 
 
 def test_resume_takes_the_settings_of_the_run(place: Path, api: Recorder) -> None:
-    assert (
-        main(["pretrain", "--resume", "--out", "runs/tiny", "--data", "photos", "--lr", "1.0", "--allow-changes"]) == 0
-    )
+    assert main(["pretrain", "--resume", "--out", "runs/tiny", "--lr", "1.0", "--allow-changes"]) == 0
     ((_, (config,), keywords),) = api.calls
     assert (config.schedule.epochs, config.optim.lr, config.run.out) == (3, 1.0, "runs/tiny")
+    assert config.data.path == config.data.eval == ["photos"]
     assert (keywords["resume"], keywords["allow_changes"]) == (True, True)
 
 

@@ -159,7 +159,14 @@ def test_missing_and_broken_recipes(tmp_path: Path) -> None:
     broken.write_text("title = ")
     with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML: Invalid value"):
         read_recipe(broken)
+    flat = tmp_path / "flat.toml"
+    flat.write_text('method = "mae"\n')
+    with pytest.raises(ConfigError, match=r"method is a section of settings; expected a table \[method\], got 'mae'"):
+        read_recipe(flat)
     half = tmp_path / "config.json"
+    half.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected a JSON object, got list"):
+        read_recipe(half)
     half.write_text('{"title": ')
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
         read_recipe(half)
@@ -254,6 +261,11 @@ def test_smoke_keeps_the_shape_of_the_method() -> None:
     assert config.encoder.resolved() == shape
     assert (config.schedule.steps, config.schedule.batch, config.speed.workers) == (3, 8, 0)
     assert list(smoke(read_recipe("transfer_pets"))["sweep"]) == ["optim.lr", "optim.layer_decay"]
+
+
+@pytest.mark.parametrize("wrong", [{"encoder": {"name": "vit_tinny"}}, {"method": {"name": "maee"}}, {"method": {}}])
+def test_smoke_form_of_a_wrong_recipe_is_as_wrong(wrong: dict[str, Any]) -> None:
+    assert problems(smoke(minimal(**wrong))) == problems(minimal(**wrong))
 
 
 def test_smoke_form_of_a_recipe_without_a_decoder() -> None:

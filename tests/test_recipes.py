@@ -18,8 +18,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 
 def needed(values: dict[str, Any]) -> list[str]:
     """Overrides that give a recipe the inputs it cannot do without."""
-    given = ["teacher.path=teacher"] if "dmae" in values["method"]["name"] or "distill" in values["method"] else []
-    return given + (["encoder.weights=encoder"] if values["method"]["name"] == "linear_probe" else [])
+    method = values["method"]
+    given = ["teacher.path=teacher"] if METHODS[method["name"]].teacher or "distill" in method else []
+    return given + (["encoder.weights=encoder"] if method["name"] == "linear_probe" else [])
 
 
 def load(name: str) -> Config:
@@ -29,7 +30,6 @@ def load(name: str) -> Config:
 def test_there_are_recipes() -> None:
     folders = {path.parent.name for path in RECIPES.values()}
     assert folders == {"pretrain", "finetune", "small"}
-    assert len(RECIPES) == 30
 
 
 @pytest.mark.parametrize("name", RECIPES)

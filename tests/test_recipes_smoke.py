@@ -25,7 +25,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(recipe: str, images: Path, out: Path, *overrides: str) -> Path:
     values = smoke(read_recipe(recipe))
-    given: dict[str, dict[str, object]] = {"data": {"path": [str(images)]}, "run": {"out": str(out)}, "speed": {"accelerator": "cpu"}}
+    given: dict[str, dict[str, object]] = {
+        "data": {"path": [str(images)]},
+        "run": {"out": str(out)},
+        "speed": {"accelerator": "cpu"},
+    }
     if METHODS[values["method"]["name"]].labels:
         given["data"]["eval"] = [str(images)]
     config = load_config(values, overrides, given)
@@ -43,12 +47,12 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return {name: str(path) for name, path in made.items()}
 
 
-@pytest.mark.filterwarnings("default:the decoder reads block")
+@pytest.mark.filterwarnings("ignore:the decoder reads block")
 @pytest.mark.parametrize("recipe", recipe_paths())
 def test_smoke_form_trains(recipe: str, images: Path, runs: dict[str, str], tmp_path: Path) -> None:
     method = read_recipe(recipe)["method"]
     overrides = []
-    if method["name"] == "dmae":
+    if METHODS[method["name"]].teacher:
         overrides.append(f"teacher.path={runs['micro' if 'micro' in recipe else 'vit_base']}")
     if "distill" in method:
         overrides.append(f"teacher.path={runs['labels']}")

@@ -285,6 +285,8 @@ def demo(
 
 def _train(verb: str, options: Mapping[str, Any], command: str) -> None:
     """pretrain and finetune: options -> configuration -> cheap checks -> training."""
+    if options.get("sweep") and options["resume"]:
+        raise ConfigError("the same command continues a sweep, finished runs are not repeated: leave out --resume")
     config = _configure(verb, options)
     if options["dry_run"]:
         typer.echo(config.model_dump_json(indent=2))
@@ -294,8 +296,6 @@ def _train(verb: str, options: Mapping[str, Any], command: str) -> None:
     if options.get("sweep"):
         if not config.sweep:
             raise ConfigError("--sweep: this recipe has no [sweep] table; `mimlet recipes transfer_pets` shows one")
-        if options["resume"]:
-            raise ConfigError("--sweep skips the points that are finished by itself: leave out --resume")
         sweep_points(config)
     check_inputs(config)
     if config.method.name == "classify" and not config.encoder.weights:
@@ -328,7 +328,7 @@ def _configure(verb: str, options: Mapping[str, Any]) -> Config:
         values = smoke(values)
     set_length(values, options["epochs"], options["steps"])
     for option, key in SETTINGS.items():
-        if options[option] not in (None, []):
+        if options[option] not in (None, [], ()):
             merge_settings(values, nest(key, options[option]))
     run_settings = values.setdefault("run", {})
     run_settings["out"] = out or run_settings.get("out") or f"runs/{Path(recipe).stem}"
@@ -366,7 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo(f"{name}: {message.replace('Value error, ', '')}\nTry: {name} --help", err=True)
         return 2
     except UserError as error:
-        typer.echo(_shortened(f"{name}: {error}"), err=True)
+        message = f"{name}: {error}"
+        typer.echo(_shortened(message) if isinstance(error, ConfigError | DataError) else message, err=True)
         return 2
     except TrainingStopped as stopped:
         typer.echo(f"{name}: {stopped}", err=True)

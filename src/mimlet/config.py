@@ -20,9 +20,8 @@ from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import (
     METHODS,
     ClassifySettings,
-    DMAESettings,
+    DecoderSettings,
     LinearProbeSettings,
-    MAESettings,
     MethodSettings,
 )
 from mimlet.models.zoo import SIZES
@@ -232,9 +231,10 @@ class Config(Section):
             problems.append(
                 "encoder.weights: a linear probe needs a trained encoder; give --encoder (a run folder or a file)"
             )
-        if isinstance(method, MAESettings | DMAESettings):
-            heads = method.decoder.heads
-            width = method.decoder.dim or self.encoder.resolved()["dim"] // 2
+        decoder = getattr(method, "decoder", None)
+        if isinstance(decoder, DecoderSettings):
+            heads = decoder.heads
+            width = decoder.dim or self.encoder.resolved()["dim"] // 2
             if width % heads or width % 4:
                 problems.append(
                     f"method.decoder: width {width} must be divisible by its {heads} heads, "
@@ -285,9 +285,14 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no settings: expected a JSON object, got {type(values).__name__}")
+    for key, value in values.items():
+        if key in Config.model_fields and key not in ("title", "seed") and not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: {key} is a section of settings; expected a table [{key}], got {value!r}")
     return values
 
 
@@ -417,10 +422,11 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     small: dict[str, Any] = json.loads(json.dumps(values))
     encoder = small.setdefault("encoder", {})
-    shape = EncoderSettings(**{key: encoder[key] for key in ("name", "depth", "heads") if key in encoder}).resolved()
-    width = 4 * shape["heads"]
-    merge(encoder, {"image_size": 32, "patch": 8, "dim": width, "depth": shape["depth"], "heads": shape["heads"]})
-    method = small["method"]
+    size, method = SIZES.get(encoder.get("name", EncoderSettings().name)), small.get("method", {})
+    if size is None or method.get("name") not in METHODS:
+        return small  # `validate` says what is wrong
+    depth, heads = encoder.get("depth") or size.depth, encoder.get("heads") or size.heads
+    merge(encoder, {"image_size": 32, "patch": 8, "dim": 4 * heads, "depth": depth, "heads": heads})
     if "decoder" in METHODS[method["name"]].settings.model_fields:
         decoder = method.setdefault("decoder", {})
         merge(decoder, {"depth": 1, "dim": 4 * decoder.setdefault("heads", 3)})

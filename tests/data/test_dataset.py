@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -21,11 +22,10 @@ TRAIN = training_transform(AugmentSettings(), 16)
 EVALUATE = evaluation_transform(AugmentSettings(), 16)
 
 
-def dataset(path: Path, **options: object) -> ImageDataset:
-    train = options.get("train", True)
+def dataset(path: Path, *, seed: int = 0, indices: NDArray[np.int64] | None = None, train: bool = True) -> ImageDataset:
     source = open_source([str(path)], index=False)
     samplers = {"mask": RandomMasking(16, 0.75)} if train else {}
-    return ImageDataset(source, TRAIN if train else EVALUATE, samplers, **options)
+    return ImageDataset(source, TRAIN if train else EVALUATE, samplers, seed=seed, indices=indices, train=train)
 
 
 def sample(data: ImageDataset, epoch: int, index: int) -> Sample:

@@ -94,6 +94,13 @@ def test_archives_equal_the_folder(photos: Path, kind: str, root: str) -> None:
         os.utime(archive, (0, 0))
 
 
+def test_archive_with_one_class_folder(photos: Path) -> None:
+    source = open_source([str(tar_of(photos / "bee", "data/train/bee"))], labelled=True, classes=["ant", "bee"])
+    assert source.labels.tolist() == [1] * 4
+    with pytest.raises(DataError, match=r"only one class \(bee\)"):
+        open_source([str(tar_of(photos / "bee", "bee"))], labelled=True)
+
+
 @pytest.mark.parametrize("style", ["plain", "hugging face"])
 def test_parquet_equals_the_folder(photos: Path, tmp_path: Path, style: str) -> None:
     folder = open_source([str(photos)], labelled=True)

@@ -14,7 +14,7 @@ def counts(labels: np.ndarray, spec: str, seed: int = 0) -> list[int]:
     chosen = choose(labels, spec, seed, [])
     assert chosen.dtype == np.int64
     assert (np.diff(chosen) > 0).all()
-    return np.bincount(labels[chosen], minlength=labels.max() + 1).tolist()
+    return [int(n) for n in np.bincount(labels[chosen], minlength=labels.max() + 1)]
 
 
 def test_all() -> None:

@@ -137,11 +137,7 @@ def _batches(
         generator=torch.Generator(),  # else the loader draws its seed from the global generator
     )
     with plain_worker_errors():
-        iterator = iter(loader)
-        try:
-            for item in iterator:
-                if isinstance(item, DataError):
-                    raise item
-                yield item
-        finally:
-            del iterator  # ends the workers
+        for item in loader:  # its iterator has no other name: with the loop the workers end
+            if isinstance(item, DataError):
+                raise item
+            yield item

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,13 +18,14 @@ from mimlet.atomic import write_atomic
 from mimlet.errors import RunError, WeightsError
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT, ViTShape
-from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, encoder_state, save_decoder, save_weights
+from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, Channels, encoder_state, save_decoder, save_weights
 from mimlet.models.zoo import SIZES
+
+if TYPE_CHECKING:
+    from mimlet.tasks.classify import Classify
 
 DESCRIPTION_FILE = "encoder.json"
 TIMM_SIZES = {SIZES[name].timm: SIZES[name] for name in ("deit_tiny", "deit_small", "vit_base", "vit_large")}
-
-Channels = tuple[float, float, float]
 
 
 def export_encoder(
@@ -40,7 +41,11 @@ def export_encoder(
 
     `mean`, `std`: how its input is normalised. `info` is stored with it. An older export in the folder is replaced.
     """
-    file = _write(folder, encoder_state(encoder), _info("encoder", encoder.shape, (), "", mean, std, info))
+    description = {
+        **_description("encoder", encoder.shape, mean, std, timm_arguments(encoder.shape)),
+        **(info or {}),
+    }
+    file = _write(folder, encoder_state(encoder), description)
     if decoder is not None:
         save_decoder(folder / DECODER_FILE, decoder)
     return file
@@ -48,27 +53,29 @@ def export_encoder(
 
 def export_classifier(
     folder: Path,
-    encoder: ViT,
-    head: Mapping[str, Tensor],
+    task: Classify,
     *,
     classes: Sequence[str],
-    pool: Literal["mean", "class"],
     mean: Channels,
     std: Channels,
     info: Mapping[str, object] | None = None,
 ) -> Path:
-    """Writes a fine-tuned classifier into a folder; returns its file.
+    """Writes a trained classifier (its averaged weights, if it keeps averages) into a folder; returns its file.
 
-    `head`: `head.weight` [K,D] and `head.bias`, and with mean pooling `fc_norm.*`, which replaces the encoder's norm.
-    `classes`: the K names in the order of the head's outputs.
+    `classes`: the names of the K classes in the order of the scores. For the rest see `export_encoder`.
     """
-    outputs = head["head.weight"].shape[0]
-    if len(classes) != outputs:
-        raise RunError(f"{len(classes)} class names for a head of {outputs} outputs; they must agree")
-    state = {**encoder_state(encoder), **head}
-    if pool == "mean":
-        state = {name: value for name, value in state.items() if not name.startswith("norm.")}
-    return _write(folder, state, _info("classifier", encoder.shape, classes, pool, mean, std, info))
+    if len(classes) != task.classes:
+        raise RunError(f"{len(classes)} class names for a classifier of {task.classes} classes; they must agree")
+    encoder, head = task.judged
+    shape, pool = encoder.shape, task.settings.pool
+    arguments = None if head.head_dist else timm_arguments(shape, task.classes, pool)
+    description = {
+        **_description("classifier", shape, mean, std, arguments),
+        "pool": pool,
+        "classes": list(classes),
+        **(info or {}),
+    }
+    return _write(folder, task.classifier_state(), description)
 
 
 def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[str, dict[str, object]] | None:
@@ -103,35 +110,26 @@ def snippet(folder: Path) -> str:
     return _snippet(json.loads(path.read_text(encoding="utf-8")), str(folder / ENCODER_FILE))
 
 
-def _info(
-    kind: str,
-    shape: ViTShape,
-    classes: Sequence[str],
-    pool: str,
-    mean: Channels,
-    std: Channels,
-    extra: Mapping[str, object] | None,
-) -> dict[str, Any]:
-    arguments = timm_arguments(shape, len(classes), pool)
+def _description(
+    kind: str, shape: ViTShape, mean: Channels, std: Channels, arguments: tuple[str, dict[str, object]] | None
+) -> dict[str, object]:
     return {
         "kind": kind,
         "shape": asdict(shape),
         "mean": list(mean),
         "std": list(std),
-        "classes": list(classes),
-        "pool": pool,
-        "timm": None if arguments is None else {"name": arguments[0], "kwargs": arguments[1]},
-        **(extra or {}),
+        "timm": {"name": arguments[0], "kwargs": arguments[1]} if arguments else None,
     }
 
 
-def _write(folder: Path, state: Mapping[str, Tensor], info: dict[str, Any]) -> Path:
+def _write(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, object]) -> Path:
+    """Writes tensors under timm's names and their description, for programs and for people."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DECODER_FILE).unlink(missing_ok=True)
     file = folder / ENCODER_FILE
-    save_weights(file, state, info)
-    description = {**info, "snippet": _snippet(info, ENCODER_FILE).splitlines()}
-    write_atomic(folder / DESCRIPTION_FILE, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    save_weights(file, state, description)
+    text = {**description, "snippet": _snippet(description, ENCODER_FILE).splitlines()}
+    write_atomic(folder / DESCRIPTION_FILE, json.dumps(text, indent=2, ensure_ascii=False) + "\n")
     return file
 
 
@@ -154,7 +152,7 @@ images = (torch.rand(1, 3, {size}, {size}) - mean) / std
         return f"""import mimlet
 import torch
 
-# relative positions: timm's ViT has none, so mimlet loads it
+# timm's ViT lacks a part of this model, so mimlet loads it
 model = mimlet.load({file!r})
 {images}
 with torch.no_grad():

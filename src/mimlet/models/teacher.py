@@ -15,19 +15,20 @@ from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.vit import ViT, ViTShape
 from mimlet.models.weights import (
+    Channels,
     Checkpoint,
     LoadReport,
+    Normalisation,
     fill_encoder,
     load_decoder,
     open_checkpoint,
+    renormalisation,
     shape_of_checkpoint,
 )
 from mimlet.models.zoo import SIZES
 
 if TYPE_CHECKING:
     from mimlet.config import TeacherSettings
-
-Channels = tuple[float, float, float]
 
 
 class Teacher(nn.Module):
@@ -46,17 +47,17 @@ class Teacher(nn.Module):
         decoder: Decoder | None = None,
         *,
         bf16: bool = False,
-        own: tuple[Channels, Channels] = (IMAGENET_MEAN, IMAGENET_STD),
-        students: tuple[Channels, Channels] = (IMAGENET_MEAN, IMAGENET_STD),
+        own: Normalisation = (IMAGENET_MEAN, IMAGENET_STD),
+        students: Normalisation = (IMAGENET_MEAN, IMAGENET_STD),
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.bf16 = encoder, decoder, bf16
         self.dim, self.depth, self.heads = encoder.dim, encoder.depth, encoder.heads
         self.grid, self.prefix = encoder.grid, encoder.prefix
         self.load_report: LoadReport | None = None
-        (mean, std), (student_mean, student_std) = (torch.tensor(pair).view(2, 1, 3, 1, 1) for pair in (own, students))
-        self.register_buffer("scale", student_std / std, persistent=False)
-        self.register_buffer("shift", (student_mean - mean) / std, persistent=False)
+        scale, shift = renormalisation(students, own)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
         self.renormalise = own != students
         if bf16:
             for module in encoder.modules():

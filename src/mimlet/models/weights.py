@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
 from mimlet.models.parts import Block, resize_positions
 from mimlet.models.vit import ViT, ViTShape
+
+if TYPE_CHECKING:
+    from mimlet.tasks.classify import ClassifierHead
+
+Channels = tuple[float, float, float]
+Normalisation = tuple[Channels, Channels]
 
 ENCODER_FILE = "encoder.safetensors"
 DECODER_FILE = "decoder.safetensors"
@@ -72,12 +78,12 @@ class Checkpoint:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def mean(self) -> tuple[float, float, float]:
+    def mean(self) -> Channels:
         """Channel means that the encoder's input is normalised with."""
         return _triple(self.info.get("mean", IMAGENET_MEAN))
 
     @property
-    def std(self) -> tuple[float, float, float]:
+    def std(self) -> Channels:
         """Channel deviations that the encoder's input is normalised with."""
         return _triple(self.info.get("std", IMAGENET_STD))
 
@@ -283,15 +289,78 @@ def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0) -> Decode
     return decoder
 
 
-def load(source: str | Path, heads: int = 0, image_size: int = 0) -> nn.Module:
-    """The model in a run folder, weights file or `timm:NAME`, in eval mode.
+class Classifier(nn.Module):
+    """A fine-tuned model ready for use: normalised images [B,3,h,w] -> scores [B,K].
 
-    A fine-tuned run gives the classifier, everything else the encoder (`ViT`). `heads`: see `load_encoder`.
+    `names`: of the K classes, empty where the file does not tell.
+    """
+
+    def __init__(self, encoder: ViT, head: ClassifierHead, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.encoder, self.head, self.names = encoder, head, names
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores before the softmax; the mean of both heads for a model with label distillation."""
+        features = self.encoder(images, taps=self.head.taps(self.encoder.depth))
+        return torch.stack(self.head(features)).mean(dim=0)
+
+
+class Renormalised(nn.Module):
+    """A model whose input arrives with another mean and deviation per channel than its own."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, given: Normalisation, own: Normalisation) -> None:
+        super().__init__()
+        self.model = model
+        scale, shift = renormalisation(given, own)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B,3,h,w], normalised as given -> the model's output."""
+        output: Tensor = self.model(images * self.scale + self.shift)
+        return output
+
+
+def renormalisation(given: Normalisation, own: Normalisation) -> tuple[Tensor, Tensor]:
+    """Scale and shift [1,3,1,1] that turn images normalised with `given` (mean, std) into ones with `own`."""
+    (mean, std), (own_mean, own_std) = (torch.tensor(pair).view(2, 1, 3, 1, 1) for pair in (given, own))
+    return std / own_std, (mean - own_mean) / own_std
+
+
+def load(source: str | Path, heads: int = 0) -> ViT | Classifier:
+    """The model of a run folder, a weights file or `timm:NAME`, in eval mode.
+
+    What mimlet fine-tuned is a `Classifier`; everything else is the encoder. `heads`: see `load_encoder`.
     """
     checkpoint = open_checkpoint(source)
-    encoder = ViT(shape_of_checkpoint(checkpoint, heads, image_size))
+    if checkpoint.info.get("kind") == "classifier":
+        return _classifier(checkpoint, heads)
+    encoder = ViT(shape_of_checkpoint(checkpoint, heads))
     fill_encoder(encoder, checkpoint)
     return encoder.eval()
+
+
+def load_classifier(
+    source: str | Path, heads: int = 0, *, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
+) -> nn.Module:
+    """A classifier [B,3,h,w] -> [B,K] in eval mode: a run folder, a ViT's weights file, or any classifier of timm.
+
+    `mean`, `std`: how its images will arrive normalised. `WeightsError` if there is no classification head.
+    """
+    if str(source).startswith("timm:"):
+        timms = _create_timm(str(source).removeprefix("timm:"))
+        config: Any = timms.pretrained_cfg
+        if not timms.num_classes:
+            raise WeightsError(f"{source} has no classification head; choose a model that was trained on labels")
+        own = (_triple(config["mean"]), _triple(config["std"]))
+        return timms.eval() if own == (mean, std) else Renormalised(timms, (mean, std), own).eval()
+    checkpoint = open_checkpoint(source)
+    classifier = _classifier(checkpoint, heads)
+    own = (checkpoint.mean, checkpoint.std)
+    return classifier if own == (mean, std) else Renormalised(classifier, (mean, std), own).eval()
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> None:
@@ -347,12 +416,16 @@ _DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfil
 
 
 def _from_timm(name: str) -> Checkpoint:
+    return checkpoint_of_timm(_create_timm(name), f"timm:{name}")
+
+
+def _create_timm(name: str) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise WeightsError(f"timm has no model '{name}'{nearest(name, timm.list_models())}; see timm.list_models()")
     try:
-        model = timm.create_model(name, pretrained=True)
+        model: nn.Module = timm.create_model(name, pretrained=True)
     except OSError as error:
         raise WeightsError(
             f"the weights of timm:{name} could not be fetched: {_first_line(error)}. Without a network, "
@@ -362,7 +435,24 @@ def _from_timm(name: str) -> Checkpoint:
         raise WeightsError(
             f"timm has no weights for '{name}': {_first_line(error)}; see timm.list_pretrained()"
         ) from None
-    return checkpoint_of_timm(model, f"timm:{name}")
+    return model
+
+
+def _classifier(checkpoint: Checkpoint, heads: int) -> Classifier:
+    from mimlet.tasks.classify import ClassifierHead
+
+    state = checkpoint.head
+    if "head.weight" not in state:
+        raise WeightsError(f"{checkpoint.source} has no classification head; give a fine-tuned model")
+    encoder = ViT(shape_of_checkpoint(checkpoint, heads))
+    fill_encoder(encoder, checkpoint)
+    pool: Literal["mean", "class"] = "mean" if "fc_norm.weight" in state else "class"
+    head = ClassifierHead(encoder.dim, len(state["head.weight"]), pool, "head_dist.weight" in state)
+    strange = head.state_dict().keys() ^ state.keys()
+    if strange:
+        raise WeightsError(f"{checkpoint.source} has another head than a linear classifier's ({min(strange)})")
+    head.load_state_dict(state)
+    return Classifier(encoder, head, tuple(checkpoint.info.get("classes", ()))).eval()
 
 
 def _from_file(path: Path) -> Checkpoint:
@@ -530,7 +620,7 @@ def _harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], s
     return [argparse.Namespace, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
+def _triple(values: Any) -> Channels:
     red, green, blue = values
     return float(red), float(green), float(blue)
 

@@ -1,4 +1,4 @@
-"""Label distillation: a student's logits against a classifier's (Hinton et al. 2015; DeiT, Touvron et al. 2021, section 4)."""
+"""Label distillation: a student's logits against a classifier's (Hinton et al. 2015; DeiT, Touvron et al. 2021)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ from mimlet.models.weights import ENCODER_FILE
 from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, swatch
 from mimlet.run import Line, Run, read_run
 
-NOT_LOSSES = frozenset({"step", "epoch", "kind", "time", "lr", "images_per_second", "data_wait", "memory_mb"})
+CIRCUMSTANCES = frozenset({"step", "epoch", "kind", "time", "lr", "images_per_second", "data_wait", "memory_mb"})
+"""What is in records beside losses, other values that a method logs, and results of evaluations."""
 BETTER_HIGH = re.compile(r"top|acc|%", re.IGNORECASE)
 BETTER_LOW = re.compile(r"loss|error", re.IGNORECASE)
 MISSING = "–"
@@ -35,13 +36,6 @@ NOTES = 20
 """Notes of a run that are shown: the last so many."""
 
 Table = Sequence[Mapping[str, str | float]]
-
-
-def report_runs(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes the page about one run, or comparing several; `out` defaults to `report.html` in the first. Returns it."""
-    titles = [read_run(path).config.title or path.name for path in paths]
-    title = titles[0] if len(paths) == 1 else f"{len(paths)} runs compared"
-    return write_report(list(paths), out or paths[0] / "report.html", title=title)
 
 
 def write_report(
@@ -113,11 +107,11 @@ class Shown:
 
     @cached_property
     def losses(self) -> list[str]:
-        """What training logged beside rate and speed, without a total that only repeats a single loss."""
-        names = [name for name in _names(self.train) if name not in NOT_LOSSES]
-        others = [name for name in names if name != "total"]
-        repeated = len(others) == 1 and _values(self.train, "total") == _values(self.train, others[0])
-        return others if repeated else names
+        """What training logged beside rate and speed; without the total where it only repeats a single loss."""
+        names = [name for name in _names(self.train) if name not in CIRCUMSTANCES]
+        parts = [name for name in names if name != "total"]
+        repeated = len(parts) == 1 and _values(self.train, "total") == _values(self.train, parts[0])
+        return parts if repeated else names
 
     @property
     def seconds(self) -> float:
@@ -146,7 +140,7 @@ class Shown:
 
     @property
     def parameters(self) -> int | None:
-        """Numbers in the encoder, once it is written."""
+        """Numbers in the exported weights, once they are written."""
         path = self.run.path / ENCODER_FILE
         if not path.exists():
             return None
@@ -230,13 +224,14 @@ def _chart(
     for shown in runs:
         if points := _points(shown.run.lines(kind), name):
             x, y = [step for step, _ in points], [value * (100 if unit == "%" else 1) for _, value in points]
-            curves.append(Curve(shown.label, *(averaged(x, y) if average else (x, y)), style=shown.style))
+            curve = Curve(shown.label, x, y, shown.style)
+            curves.append(averaged(curve) if average else curve)
     if curves:
         yield Chart(title, curves_svg(curves, title=title, unit=unit, from_zero=from_zero, log=log, last=last))
 
 
 def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
-    training = []
+    training: list[Chart] = []
     for name in _losses(runs):
         training += _chart([shown for shown in runs if name in shown.losses], "train", name, log=True)
     training += _chart(runs, "train", "lr", "learning rate", from_zero=True, last=False)
@@ -251,14 +246,14 @@ def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
 
 
 def _losses(runs: Sequence[Shown]) -> list[str]:
-    """Losses of any run, the total last."""
+    """What training of any run logged, the total last."""
     names = dict.fromkeys(name for shown in runs for name in shown.losses)
     return sorted(names, key=lambda name: name == "total")
 
 
 def _judged(runs: Sequence[Shown]) -> list[str]:
     """What evaluations of any run found."""
-    return [name for name in _names(line for shown in runs for line in shown.eval) if name not in NOT_LOSSES]
+    return [name for name in _names(line for shown in runs for line in shown.eval) if name not in CIRCUMSTANCES]
 
 
 def _facts(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
@@ -267,13 +262,13 @@ def _facts(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
         "recipe": lambda shown: shown.run.config.title,
         "method": lambda shown: shown.run.config.method.name,
         "encoder": _encoder,
-        "encoder parameters": lambda shown: f"{shown.parameters:,}" if shown.parameters else "",
+        "parameters": lambda shown: f"{shown.parameters:,}" if shown.parameters else "",
         "images seen": lambda shown: f"{shown.steps * shown.run.config.schedule.batch:,}" if shown.train else "",
         "steps": lambda shown: f"{shown.steps:,}" if shown.steps else "",
         "time": lambda shown: duration(shown.seconds) if shown.seconds else "",
     }
-    rows |= {f"training: {_words(name)}": partial(_last, kind="train", name=name) for name in _losses(runs)}
-    rows |= {f"evaluation: {_words(name)}": partial(_last, kind="eval", name=name) for name in _judged(runs)}
+    rows |= {f"{_words(name)}, last": partial(_last, kind="train", name=name) for name in _losses(runs)}
+    rows |= {f"{_words(name)}, last evaluation": partial(_last, kind="eval", name=name) for name in _judged(runs)}
     rows |= {
         "images per second": lambda shown: _summary(median, shown, "images_per_second"),
         "waiting for data": lambda shown: _summary(lambda values: 100 * mean(values), shown, "data_wait", "%"),
@@ -339,16 +334,15 @@ def _headline(table: Table) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
     for place, name in enumerate(columns):
         values = {index: float(row[name]) for index, row in enumerate(table) if _is_finite(row.get(name))}
         numeric.append(bool(values))
+        largest = max(values.values(), default=0.0)
         best = None
         if len(values) > 1 and (BETTER_HIGH.search(name) or BETTER_LOW.search(name)):
-            best = min(values.values()) if BETTER_LOW.search(name) else max(values.values())
+            best = min(values.values()) if BETTER_LOW.search(name) else largest
         for index, row in enumerate(table):
             if index in values:
                 value = values[index]
-                bar = (
-                    None if best is None or max(values.values()) <= 0 else 100 * max(0.0, value) / max(values.values())
-                )
-                cells[index][place] = Cell(number(value), True, value == best, bar and round(bar, 1))
+                bar = None if best is None or largest <= 0 else round(100 * max(0.0, value) / largest, 1)
+                cells[index][place] = Cell(number(value), True, value == best, bar)
             elif name in row:
                 cells[index][place] = Cell(str(row[name]))
     return list(zip(columns, numeric, strict=True)), cells

@@ -6,7 +6,7 @@ import io
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -24,9 +24,10 @@ LABELS = 6
 DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2")
 """With the 6 colours of page.html, styles repeat after 30 lines."""
 
-CELL = (112, 160)
+CELL = (112, 128)
 """An image is shown between so many pixels: small ones are enlarged by a whole factor, large ones reduced."""
 GAP = 4
+LABEL = 24
 INK = (118, 118, 118, 255)
 """Grey that is legible on white and on the dark page: grids have a transparent ground."""
 
@@ -70,7 +71,7 @@ def reconstruction_grid(
     font = ImageFont.load_default(16)
     columns = min(columns, count)
     bands = math.ceil(count / columns)
-    line = 22 + cell[1] + GAP
+    line = LABEL + cell[1] + 2 * GAP
     canvas = Image.new("RGBA", (columns * (cell[0] + GAP) - GAP, bands * 3 * line), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for index in range(count):
@@ -81,7 +82,7 @@ def reconstruction_grid(
                 draw.text((0, top + 2), label, fill=INK, font=font)
             filter_ = Image.Resampling.NEAREST if reduce == 1 else Image.Resampling.LANCZOS
             picture = Image.fromarray(images[index]).resize(cell, filter_)
-            canvas.paste(picture, (column * (cell[0] + GAP), top + 22))
+            canvas.paste(picture, (column * (cell[0] + GAP), top + LABEL))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -120,11 +121,12 @@ def thin(x: ArrayLike, y: ArrayLike, limit: int = MAX_POINTS) -> tuple[Array, Ar
     return xs[index], ys[index]
 
 
-def averaged(x: ArrayLike, y: ArrayLike, limit: int = 50) -> tuple[Array, Array]:
-    """At most `limit` points, each the mean of a stretch placed at its end: for noise whose spikes mean nothing."""
-    xs, ys = thin(x, y, len(np.asarray(x)))
-    edges = np.linspace(0, len(xs), min(limit, len(xs)) + 1).astype(int)
-    return xs[edges[1:] - 1], np.array([ys[start:stop].mean() for start, stop in pairwise(edges)])
+def averaged(curve: Curve, limit: int = 50) -> Curve:
+    """The same in at most `limit` points, each the mean of a stretch and placed at its end: for noisy quantities."""
+    count = len(curve.y)
+    edges = [count * part // min(limit, count) for part in range(min(limit, count) + 1)]
+    means = [float(np.mean(curve.y[start:stop])) for start, stop in pairwise(edges)]
+    return replace(curve, x=[curve.x[stop - 1] for stop in edges[1:]], y=means)
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,12 @@ def curves_svg(
     log: bool = False,
     last: bool = True,
 ) -> Markup:
-    """An SVG line chart: grid, ticks, last values beside the lines, and what the page's script shows on hovering.
+    """An SVG line chart over whole numbers: grid, ticks, last values, and what the page's script shows on hovering.
 
     `title` and the last values are its text alternative. Colours come from the page's classes `s0` to `s5`, so that
     it follows the theme. `log` allows a logarithmic axis where values are positive and span more than a factor
-    of 30. `last`: whether up to 6 lines have their last value written beside them. Points that are not finite are left out.
+    of 30. `last`: whether up to 6 lines have their last value written beside them. Points that are not finite are
+    left out.
     """
     lines = [(curve, *thin(curve.x, curve.y)) for curve in curves]
     lines = [line for line in lines if len(line[1])]
@@ -183,7 +186,13 @@ def curves_svg(
         Markup(
             '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-x="{}" data-unit="{}">'
         ).format(frame.width, frame.height, f"{title} by {x_label}: {ends}.", x_label, unit),
-        *_axes(frame, [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high], y_ticks, x_label, unit),
+        *_axes(
+            frame,
+            [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high and tick.is_integer()],
+            y_ticks,
+            x_label,
+            unit,
+        ),
     ]
     for curve, x, y in lines:
         points = [(f"{px:.1f}", f"{py:.1f}") for px, py in zip(frame.across(x), frame.down(y), strict=True)]
@@ -227,6 +236,8 @@ def _axes(
             float(frame.across(tick)), frame.bottom + 17, short(tick)
         )
     yield Markup('<text class="tick" x="{}" y="{}">{}</text>').format(frame.right + 20, frame.bottom + 17, x_label)
+    if frame.logarithmic:
+        yield Markup('<text class="tick end" x="{}" y="{}">log scale</text>').format(frame.right, frame.top + 4)
     yield Markup('<path class="axis" d="M{} {}H{}"/>').format(frame.left, frame.bottom, frame.right)
 
 
@@ -259,20 +270,20 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in found if low <= tick <= high]
 
 
-def number(value: float) -> str:
-    """Four significant digits, without exponent where people do without: 0.6123, 71.25, 12,350, 1.5e-5."""
+def number(value: float, digits: int = 4) -> str:
+    """So many significant digits, without exponent where people do without: 0.6123, 71.25, 12,346, 1.5e-5."""
     if value and not 1e-3 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.3e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def short(value: float) -> str:
-    """A tick of a long axis: 500, 20k, 1.5M."""
+def short(tick: float) -> str:
+    """A tick, which is round, with all its digits: 500, 12.5k, 1.5M, 1.1085."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
+        if abs(tick) >= size:
+            return f"{tick / size:.10g}{letter}"
+    return number(tick, 10)
 
 
 def _style(style: int) -> tuple[str, str]:

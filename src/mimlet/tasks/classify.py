@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from mimlet.methods.settings import ClassifySettings
 from mimlet.models.features import Features, Taps
 from mimlet.models.parts import NORM_EPS
 from mimlet.models.vit import ViT, build_encoder
-from mimlet.models.weights import LoadReport, load_classifier, load_encoder_weights
+from mimlet.models.weights import Classifier, LoadReport, encoder_state, load_classifier, load_encoder_weights
 from mimlet.objectives.kd import hard_distillation, soft_distillation
 from mimlet.tasks.metrics import evaluating
 
@@ -69,24 +69,22 @@ class ClassifierHead(nn.Module):
 class Classify(Task):
     """Train an encoder and its head on labels.
 
-    A batch is erased at random, then mixed (timm's order), always from the global generators. With a `teacher`
-    [B,3,H,W] -> [B,K], the second classifier learns the teacher's answer to the very same mixed images, and scores are
-    the mean of both classifiers' logits. With `settings.ema_decay`, scores come from moving averages of encoder and head.
+    Batches are erased and mixed here, in timm's order and from the global generators. With a `teacher` (images
+    [B,3,H,W] -> logits [B,K]), a second classifier learns its answers to the very same images, and scores are the mean
+    of both classifiers' logits. With `ema_decay`, scores come from moving averages of encoder and head.
     """
 
     encoder: ViT
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    ema: ClassVar[dict[str, str]] = {"average_encoder": "encoder", "average_head": "head"}
 
     def __init__(
-        self,
-        encoder: ViT,
-        classes: int,
-        settings: ClassifySettings | None = None,
-        teacher: nn.Module | None = None,
-        load_report: LoadReport | None = None,
+        self, encoder: ViT, classes: int, settings: ClassifySettings | None = None, teacher: nn.Module | None = None
     ) -> None:
         super().__init__()
-        settings = settings or ClassifySettings()
-        self.classes, self.settings, self.load_report = classes, settings, load_report
+        self.settings = settings = settings or ClassifySettings()
+        self.classes = classes
+        self.load_report: LoadReport | None = None
         self.encoder = encoder
         self.head = ClassifierHead(encoder.dim, classes, settings.pool, teacher is not None, settings.head_scale)
         if self.head.needs_class_token and not encoder.prefix:
@@ -95,27 +93,24 @@ class Classify(Task):
                 "set encoder.class_token=true, or method.pool=mean without method.distill"
             )
         if self.head.fc_norm is not None:
-            encoder.norm.requires_grad_(False)  # unused: it would stay without gradient, which DDP refuses
+            encoder.norm.requires_grad_(False)  # skipped by mean pooling
         self.teacher = teacher
+        self.average_encoder = copy.deepcopy(encoder).requires_grad_(False) if settings.ema_decay else None
+        self.average_head = copy.deepcopy(self.head).requires_grad_(False) if settings.ema_decay else None
         self.weights = {"classification": 1.0}
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            self.frozen = ("teacher",)
             share = settings.distill.weight
             self.weights = {"classification": 1 - share, "distillation": share}
-        if settings.ema_decay:
-            self.average_encoder = copy.deepcopy(encoder).requires_grad_(False)
-            self.average_head = copy.deepcopy(self.head).requires_grad_(False)
-            self.ema = {"average_encoder": "encoder", "average_head": "head"}
         self.mixup = None
         if settings.mixup or settings.cutmix:
-            self.mixup = Mixup(
+            self.mixup = Mixup(  # type: ignore[no-untyped-call]
                 settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
             )
 
     @classmethod
     def build(cls, config: Config, classes: int = 0) -> Classify:
-        """From a configuration. What `encoder.weights` does not give keeps the initialisation of a classifier."""
+        """From a configuration. What `encoder.weights` does not give keeps a classifier's initialisation."""
         settings = config.method
         assert isinstance(settings, ClassifySettings)
         classes = count_classes(settings.classes, classes)
@@ -126,14 +121,17 @@ class Classify(Task):
             report = load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
         teacher = None
         if settings.distill.kind != "none":
-            assert config.teacher.path is not None
-            teacher = load_classifier(config.teacher.path)
-        return cls(encoder, classes, settings, teacher, report)
+            path, augment = config.teacher.path, config.data.augment
+            assert path is not None
+            teacher = load_classifier(path, config.teacher.heads, mean=augment.mean, std=augment.std)
+        task = cls(encoder, classes, settings, teacher)
+        task.load_report = report
+        return task
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """{classification, distillation}: those in use; and, only for the log, `accuracy` on the training images in percent.
+        """{classification, distillation}: those in use. For the log only, `accuracy` on these images, in percent.
 
-        In a mixed image the heavier class counts as right.
+        Of a mixed image the heavier class counts as right.
         """
         images, targets = self.augment(batch)
         logits = self.head(self.encoder(images, taps=self.head.taps(self.encoder.depth)))
@@ -161,7 +159,8 @@ class Classify(Task):
         if self.settings.erasing or self.mixup:
             images = images.clone()  # timm works in place
         if self.settings.erasing:
-            images = RandomErasing(self.settings.erasing, mode="pixel", device=images.device)(images)
+            erase = RandomErasing(self.settings.erasing, mode="pixel", device=images.device)  # type: ignore[no-untyped-call]
+            images = erase(images)
         if self.mixup:
             images, labels = self.mixup(images, labels)
         return images, labels
@@ -172,25 +171,25 @@ class Classify(Task):
 
     @property
     def judged(self) -> tuple[ViT, ClassifierHead]:
-        """Encoder and head that scores come from and that are worth shipping: the averages where there are any."""
-        return (self.average_encoder, self.average_head) if self.ema else (self.encoder, self.head)
+        """Encoder and head that scores come from, and that are worth shipping: the averages where there are any."""
+        if self.average_encoder is None or self.average_head is None:
+            return self.encoder, self.head
+        return self.average_encoder, self.average_head
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B,K] of normalised images [B,3,H,W], in eval mode."""
         encoder, head = self.judged
         with evaluating(encoder, head):
-            return torch.stack(head(encoder(images, taps=head.taps(encoder.depth)))).mean(dim=0)
+            scores: Tensor = Classifier(encoder, head)(images)
+        return scores
 
     def classifier_state(self) -> dict[str, Tensor]:
-        """The judged weights as one flat model under their official names: the encoder's bare, then the head's.
-
-        With pool "mean" the encoder's `norm.*` is left out, as in timm's models with `global_pool="avg"`.
-        """
+        """The judged weights as one flat model under timm's names; with mean pooling without the encoder's `norm`."""
         encoder, head = self.judged
-        unused = "norm." if head.fc_norm is not None else ()
-        state = {name: value for name, value in encoder.state_dict().items() if not name.startswith(unused)}
-        return {**state, **head.state_dict()}
+        state = {**encoder_state(encoder), **head.state_dict()}
+        skipped = () if head.fc_norm is None else ("norm.weight", "norm.bias")
+        return {name: value for name, value in state.items() if name not in skipped}
 
     def _distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.shape != teacher.shape:
@@ -205,7 +204,10 @@ class Classify(Task):
 
 
 def count_classes(asked: int, found: int) -> int:
-    """The number of classes: as set, and as found in the data (0: unknown). Raises where they contradict or are missing."""
+    """The number of classes, from the settings or the data (0: not said).
+
+    Raises `ConfigError` where they contradict each other, `DataError` where there are fewer than two.
+    """
     if asked and found and asked != found:
         raise ConfigError(f"method.classes is {asked}, but the data has {found} classes; leave method.classes out")
     classes = asked or found

@@ -1,4 +1,4 @@
-"""Judging a classifier: counts that add up over batches and processes, a table per class, a picture of the confusions."""
+"""Judging a classifier: counts that add up over batches and processes, a table and a picture of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mimlet.atomic import write_atomic
@@ -38,7 +37,7 @@ class Scores:
         self.hits5 = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Counts a batch: scores [B,K], higher is likelier, -inf is impossible; labels [B] in [0, K). Waits for no device."""
+        """Counts a batch: scores [B,K], higher is likelier, -inf impossible; labels [B] in [0, K)."""
         best = scores.topk(min(5, self.classes), dim=1)
         cells = labels * self.classes + best.indices[:, 0]
         self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
@@ -97,6 +96,8 @@ class Scores:
 
         Names stand beside it up to 40 classes, percentages inside it up to 15.
         """
+        from matplotlib.figure import Figure  # takes a second, which only a picture is worth
+
         counts = self.confusion.double().cpu()
         shares = (100 * counts / counts.sum(dim=1, keepdim=True)).numpy()
         named, numbered = self.classes <= NAMED_CLASSES, self.classes <= NUMBERED_CLASSES
@@ -105,7 +106,9 @@ class Scores:
         axes = figure.add_subplot()
         axes.set_facecolor("lightgrey")
         image = axes.imshow(np.ma.masked_invalid(shares), cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
-        axes.set(xlabel="predicted class", ylabel="true class", title=f"top-1 {self.top1:.1f} % of {self.images:,} images")
+        axes.set(
+            xlabel="predicted class", ylabel="true class", title=f"top-1 {self.top1:.1f} % of {self.images:,} images"
+        )
         figure.colorbar(image, label="% of the true class", shrink=0.8)
         if named:
             short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
@@ -141,26 +144,25 @@ def evaluate_classifier(
     for batch in batches:
         if not len(batch):
             continue
-        check_labels(batch.labels, classes)
-        ready = batch.prepare(device, mean, std)
-        assert ready.labels is not None
-        scores.update(predict(ready.images), ready.labels)
+        labels = known_labels(batch)
+        if int(labels.max()) >= classes:
+            raise DataError(
+                f"label {int(labels.max())} is beyond the {classes} classes that the classifier knows "
+                f"(0 to {classes - 1}); evaluate on the classes it was trained on"
+            )
+        images = batch.prepare(device, mean, std).images
+        scores.update(predict(images), labels.to(device, non_blocking=True))
     scores.sync()
     if not scores.images:
-        raise DataError("nothing to evaluate: none of the images could be read; check data.eval")
+        raise DataError("nothing to evaluate: no image could be read")
     return scores
 
 
-def check_labels(labels: Tensor | None, classes: int) -> None:
-    """`DataError` unless every image has a label in [0, classes). Labels [B] on the CPU: a device would be waited for."""
-    if labels is None:
-        raise DataError("these images have no labels; give a folder with one subfolder per class, or another labelled source")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"labels from {low} to {high} do not fit the {classes} classes that the classifier knows (0 to {classes - 1}); "
-            "evaluate on the same classes as were trained"
-        )
+def known_labels(batch: Batch) -> Tensor:
+    """The labels [B] of a batch that is still on the CPU; `DataError` unless every image has one."""
+    if batch.labels is None or int(batch.labels.min()) < 0:
+        raise DataError("images without labels; give a folder with one subfolder per class, or another labelled source")
+    return batch.labels
 
 
 @contextmanager

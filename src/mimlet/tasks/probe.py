@@ -1,4 +1,4 @@
-"""How good are frozen features? MAE's linear probe, and two quick answers: logistic regression and nearest neighbours."""
+"""How good are frozen features? MAE's linear probe; and, in seconds, logistic regression and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock, Task
 from mimlet.methods.settings import LinearProbeSettings
+from mimlet.models.features import Features
 from mimlet.models.vit import ViT, build_encoder
 from mimlet.models.weights import LoadReport, load_encoder_weights
 from mimlet.tasks.classify import count_classes
-from mimlet.tasks.metrics import Scores, check_labels, evaluating
+from mimlet.tasks.metrics import Scores, evaluating, known_labels
 
 if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
     from mimlet.config import Config
 
 Pool = Literal["mean", "class"]
@@ -35,25 +34,26 @@ Labelled = tuple[Tensor, Tensor]
 """Features [N,D] float32 and labels [N] int64, on the CPU."""
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""What `logistic_probe` tries for scikit-learn's C (inverse strength of the penalty)."""
+"""What `logistic_probe` tries for scikit-learn's C, the inverse strength of the penalty."""
+SIMILARITIES = 2**26
+"""`knn_probe` holds at most so many similarities at a time (256 MiB)."""
 
 
 class LinearProbe(Task):
     """MAE's protocol: a linear classifier on a frozen encoder, behind a batch norm without scale and shift.
 
-    The batch norm's statistics are those of the batch in training and running averages in evaluation; it makes up for
-    the uneven scale of features trained without labels (He et al. 2022, appendix A.1).
+    The batch norm takes its statistics from the batch in training and from running averages in evaluation. It brings
+    features of any encoder to one magnitude, so that one learning rate suits all (He et al. 2022, appendix A.1).
     """
 
     encoder: ViT
     frozen: ClassVar[tuple[str, ...]] = ("encoder",)
 
-    def __init__(
-        self, encoder: ViT, classes: int, pool: Pool = "class", load_report: LoadReport | None = None
-    ) -> None:
+    def __init__(self, encoder: ViT, classes: int, pool: Pool = "class") -> None:
         super().__init__()
         check_pool(encoder, pool)
-        self.classes, self.pool, self.load_report = classes, pool, load_report
+        self.classes, self.pool = classes, pool
+        self.load_report: LoadReport | None = None
         self.encoder = encoder.requires_grad_(False).eval()
         linear = nn.Linear(encoder.dim, classes)
         nn.init.trunc_normal_(linear.weight, std=0.01)
@@ -68,16 +68,14 @@ class LinearProbe(Task):
         assert isinstance(settings, LinearProbeSettings)
         assert config.encoder.weights is not None
         classes = count_classes(settings.classes, classes)
-        encoder = build_encoder(config.encoder)
-        report = load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
-        return cls(encoder, classes, settings.pool, report)
+        task = cls(build_encoder(config.encoder), classes, settings.pool)
+        task.load_report = load_encoder_weights(task.encoder, config.encoder.weights, config.encoder.keep_blocks)
+        return task
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """{classification}: cross entropy; and, only for the log, `accuracy` on the training images in percent."""
         assert batch.labels is not None
-        with torch.no_grad():
-            features = pooled(self.encoder, batch.images, self.pool)
-        logits = self.head(features)
+        logits = self._logits(batch.images)
         right = logits.argmax(dim=1) == batch.labels
         return {
             "classification": F.cross_entropy(logits.float(), batch.labels),
@@ -88,7 +86,12 @@ class LinearProbe(Task):
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B,K] of normalised images [B,3,H,W], in eval mode."""
         with evaluating(self.encoder, self.head):
-            logits: Tensor = self.head(pooled(self.encoder, images, self.pool))
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = pooled(self.encoder, images, self.pool)
+        logits: Tensor = self.head(features)
         return logits
 
 
@@ -100,7 +103,7 @@ def check_pool(encoder: ViT, pool: Pool) -> None:
 
 def pooled(encoder: ViT, images: Tensor, pool: Pool) -> Tensor:
     """One vector per image [B,D], after the encoder's final norm: the class token, or the mean of the patch tokens."""
-    features = encoder(images)
+    features: Features = encoder(images)
     return features.latent[:, 0] if pool == "class" else features.patches.mean(dim=1)
 
 
@@ -118,7 +121,7 @@ def extract_features(
 ) -> Labelled:
     """Features [N,D] and labels [N] of all images, on the CPU. The encoder must be on `device`.
 
-    `total` is the number of batches, for the progress bar on stderr. Raises `DataError` for images without labels, or none.
+    `total` is the number of batches, for the progress bar on stderr. Raises `DataError` without images or labels.
     """
     check_pool(encoder, pool)
     features, labels = [], []
@@ -126,11 +129,9 @@ def extract_features(
         for batch in track(batches, title, total, console=Console(stderr=True), transient=True):
             if not len(batch):
                 continue
-            ready = batch.prepare(device, mean, std)
-            check_labels(batch.labels)
-            assert batch.labels is not None
-            features.append(pooled(encoder, ready.images, pool).float().cpu())
-            labels.append(batch.labels)
+            labels.append(known_labels(batch))
+            images = batch.prepare(device, mean, std).images
+            features.append(pooled(encoder, images, pool).float().cpu())
     if not features:
         raise DataError(f"no {title}: none of the images could be read")
     return torch.cat(features), torch.cat(labels)
@@ -139,39 +140,66 @@ def extract_features(
 def logistic_probe(train: Labelled, test: Labelled, seed: int = 0) -> dict[str, float]:
     """Logistic regression on standardised features: top1, and top5 above five classes, in percent.
 
-    The penalty is chosen from `PENALTIES` on a held-out fifth of the training images (one of five, drawn per class),
-    the strongest of equally good ones; the final fit uses all of them. Raises `DataError` for a single class.
+    scikit-learn's C is chosen from `PENALTIES` on held-out training images (one in five, and at least one, of every
+    class that has two; `seed` draws them), the smallest of equally good ones; the last fit uses all training images.
+    Raises `DataError` for a single class.
     """
     features, labels = (part.numpy() for part in train)
     if len(np.unique(labels)) < 2:
-        raise DataError("a probe needs training images of at least 2 classes")
-    held = _every_fifth(labels, seed)
-    penalty = 1.0
+        raise DataError(f"a probe needs training images of at least 2 classes, got {len(np.unique(labels))}")
+    held = _held_out(labels, seed)
+    best = 1.0
     if held.any():
-        accuracy = []
-        for candidate in PENALTIES:
-            model = _fit(features[~held], labels[~held], candidate)
-            accuracy.append(float(model.score(features[held], labels[held])))
-        penalty = PENALTIES[int(np.argmax(accuracy))]
-    model = _fit(features, labels, penalty)
-    classes = _classes(train, test)
-    likely = torch.full((len(test[0]), classes), -torch.inf)
-    likely[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(test[0].numpy())).float()
-    return _summary(likely, test[1])
+        fits = (_fit(features[~held], labels[~held], penalty) for penalty in PENALTIES)
+        best = PENALTIES[int(np.argmax([fit.score(features[held], labels[held]) for fit in fits]))]
+    model = _fit(features, labels, best)
+    likelihood = torch.full((len(test[0]), _classes(train, test)), -torch.inf)
+    likelihood[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(test[0].numpy())).float()
+    scores = Scores(likelihood.shape[1])
+    scores.update(likelihood, test[1])
+    return scores.summary()
 
 
 def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
-    """Weighted nearest neighbours as in DINO: top1, and top5 above five classes, in percent.
+    """Weighted nearest neighbours as in DINO (Caron et al. 2021): top1, and top5 above five classes, in percent.
 
-    The k most similar training images (cosine) vote for their class with weight exp(similarity / temperature).
+    The k training images of highest cosine similarity vote for their class with weight exp(similarity / temperature).
     """
-    bank, queries = (F.normalize(part[0], dim=1) for part in (train, test))
-    classes = _classes(train, test)
-    k = min(k, len(bank))
-    scores = Scores(classes)
-    for chunk, labels in zip(queries.split(rows := max(1, 2**26 // len(bank))), test[1].split(rows), strict=True):
-        nearest = (chunk @ bank.T).topk(k, dim=1)
+    bank, k = F.normalize(train[0], dim=1), min(k, len(train[0]))
+    scores = Scores(_classes(train, test))
+    rows = max(1, SIMILARITIES // len(bank))
+    for start in range(0, len(test[0]), rows):
+        features, labels = (part[start : start + rows] for part in test)
+        nearest = (F.normalize(features, dim=1) @ bank.T).topk(k, dim=1)
+        # softmax: the same up to a factor per image, and cannot overflow
         weights = (nearest.values / temperature).softmax(dim=1)
-        votes = torch.zeros(len(chunk), classes).scatter_add_(1, train[1][nearest.indices], weights)
+        votes = torch.zeros(len(features), scores.classes).scatter_add_(1, train[1][nearest.indices], weights)
         scores.update(votes.where(votes > 0, -torch.inf), labels)
     return scores.summary()
+
+
+def _held_out(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """Every fifth image of each class in a random order, from its second on."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[labels[order].argsort(kind="stable")]
+    ranks = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    held = np.zeros(len(labels), dtype=bool)
+    held[order] = ranks % 5 == 1
+    return held
+
+
+def _fit(features: NDArray[np.float32], labels: NDArray[np.int64], penalty: float) -> Pipeline:
+    # Imported here: scikit-learn takes seconds, and every training would wait for them.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a probe
+        return model.fit(features, labels)
+
+
+def _classes(train: Labelled, test: Labelled) -> int:
+    return 1 + max(int(labels.max()) for _, labels in (train, test))

@@ -237,7 +237,7 @@ class _Loop:
                 losses: dict[str, Tensor] = self.module(Piece(self._prepare(batch), clock))
                 loss = weighted(losses, self.method.weights)
                 self.fabric.backward(loss / pieces)
-            for name, value in (("loss", loss), *losses.items()):
+            for name, value in (*losses.items(), ("total", loss)):
                 share = value.detach() / pieces
                 sums[name] = sums[name] + share if name in sums else share
         norm = self._update(clock)
@@ -290,18 +290,19 @@ class _Loop:
 
     def _log(self, means: dict[str, float]) -> None:
         """Writes the interval's averages and begins another; stops on a loss that is not finite."""
-        if not all(math.isfinite(means[name]) for name in ("loss", *self.method.weights) if name in means):
+        self.losses = {name: value for name, value in means.items() if name in (*self.method.weights, "total")}
+        if not all(map(math.isfinite, self.losses.values())):
             self._stop_nonfinite()
         interval, now = self.interval, perf_counter()
         per_step = (now - interval.began) / (self.step - interval.first)
-        weighted_names = [name for name in means if name in self.method.weights]
-        self.losses = {name: means[name] for name in ("loss", *weighted_names)}
-        values = {f"loss/{name}" if name in weighted_names else name: value for name, value in means.items()}
-        values["lr"] = self.lr
-        values["images_per_second"] = self.config.schedule.batch / per_step
-        values["data_wait"] = interval.waited / (now - interval.began)
-        values["memory_mib"] = _memory(self.fabric.device)
-        self.display.update(self.step, self._epoch(), values, (self.plan.total - self.step) * per_step)
+        values = {
+            **means,
+            "lr": self.lr,
+            "images_per_second": self.config.schedule.batch / per_step,
+            "data_wait": interval.waited / (now - interval.began),
+            "memory_mb": _memory(self.fabric.device),
+        }
+        self.display.update(self.step, self._epoch(), self.losses, values, (self.plan.total - self.step) * per_step)
         self._record("train", values)
         self.interval = _Interval(self.step)
 
@@ -324,7 +325,7 @@ class _Loop:
     def _save(self) -> None:
         """Writes a checkpoint, unless anything in it is not finite."""
         finite = [parameter.isfinite().all() for parameter in self.trained.values()]
-        finite += [losses["loss"].isfinite() for losses in self.interval.losses]
+        finite += [losses["total"].isfinite() for losses in self.interval.losses]
         if not all(row[0] for row in gather_rows(self.fabric, [float(torch.stack(finite).all())])):
             self._stop_nonfinite()
         with self._pause():
@@ -491,13 +492,15 @@ class Display:
         """A sentence."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def update(self, step: int, epoch: float, values: Mapping[str, float], seconds_left: float) -> None:
-        """The newest averages, and the time left."""
-        parts = ", ".join(f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/"))
+    def update(
+        self, step: int, epoch: float, losses: Mapping[str, float], values: Mapping[str, float], seconds_left: float
+    ) -> None:
+        """The newest averages, and the time left. A total of one loss is not repeated."""
+        shown = losses if len(losses) > 2 else {"loss": losses["total"]}
         text = (
-            f"epoch {epoch:.2f}  loss {values['loss']:.4f}{f' ({parts})' if ',' in parts else ''}  "
+            f"epoch {epoch:.2f}  {', '.join(f'{name} {value:.4f}' for name, value in shown.items())}  "
             f"lr {values['lr']:.2e}  {values['images_per_second']:.4g} img/s  data {values['data_wait']:.0%}  "
-            f"{values['memory_mib'] / 1024:.1f} GiB  left {timedelta(seconds=round(seconds_left))}"
+            f"{values['memory_mb'] / 1000:.1f} GB  left {timedelta(seconds=round(seconds_left))}"
         )
         if self.bar:
             self.bar.update(self.task, completed=step, description=text)
@@ -570,8 +573,8 @@ def _score(values: Mapping[str, float]) -> float:
 
 
 def _memory(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU, or of the process."""
+    """Peak memory in MB: of the GPU, or of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

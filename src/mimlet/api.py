@@ -1,0 +1,457 @@
+"""What the verbs do. Every function here is also the Python way to do it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import shlex
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mimlet.atomic import write_atomic
+from mimlet.config import Config, load_config, merge, nest, read_recipe, sweep_points
+from mimlet.data.augment import evaluation_transform
+from mimlet.data.batch import Batch
+from mimlet.data.dataset import ImageDataset
+from mimlet.data.loader import evaluation_batches, steps_per_epoch, training_batches
+from mimlet.data.seeding import key
+from mimlet.data.source import Source, open_source
+from mimlet.data.subset import choose
+from mimlet.errors import ConfigError, DataError, RunError, WeightsError
+from mimlet.export.timm import DESCRIPTION_FILE, export_classifier, export_encoder, snippet
+from mimlet.methods.base import Method, Task
+from mimlet.methods.settings import METHODS
+from mimlet.models.decoders import Decoder
+from mimlet.models.vit import ViT
+from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, Classifier, load
+from mimlet.report import Picture, reconstruction_grid, write_report
+from mimlet.run import RunFolder, read_run
+from mimlet.tasks.classify import Classify
+from mimlet.tasks.metrics import Scores, evaluate_classifier
+from mimlet.tasks.probe import extract_features, knn_probe, logistic_probe
+from mimlet.train.distributed import make_fabric
+from mimlet.train.loop import FitResult, fit
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SHOWN = 8
+"""Training images whose reconstruction a run shows."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder and what the loop reports."""
+
+    folder: Path
+    fit: FitResult
+
+
+def train(config: Config, *, resume: bool = False, allow_changes: bool = False, command: str = "") -> TrainResult:
+    """Trains whatever `config` describes, pre-training or task, and leaves a run folder with the exported model and a report.
+
+    `resume` continues the newest checkpoint in `config.run.out`. Raises `UserError` for what the user can repair, `TrainingStopped` after a
+    signal.
+    """
+    if not config.run.out:
+        raise ConfigError("run.out is not set: give the folder that the run is written to")
+    fabric = make_fabric(config.speed)
+    say = _teller(fabric)
+    entry = METHODS[config.method.name]
+    data = config.data
+    source = open_source(data.path, labelled=entry.labels, index=data.index)
+    indices = choose(source.labels, data.subset, data.subset_seed, map(source.name, range(len(source))))
+    say(source.describe() + (f"; {len(indices):,} of them used (subset {data.subset})" if data.subset else ""))
+    judge_source = None
+    if data.eval:
+        judge_source = open_source(
+            data.eval, labelled=True, index=data.index, classes=source.classes if entry.labels else None
+        )
+        say(f"judged on {judge_source.describe()}")
+
+    torch.manual_seed(key("init", config.seed))
+    method = entry.load().build(config, len(source.classes) if entry.labels else 0)
+    for report in (
+        getattr(method, "load_report", None),
+        getattr(getattr(method, "teacher", None), "load_report", None),
+    ):
+        if report is not None:
+            say(str(report))
+    size = config.encoder.image_size
+    dataset = ImageDataset(
+        source, method.transform(data.augment, size), method.masks(), seed=config.seed, indices=indices
+    )
+    per_epoch = steps_per_epoch(len(dataset), config.schedule.batch)
+    workers = loader_workers(config.speed.workers, fabric)
+
+    def batches(start_step: int, total_steps: int) -> Generator[Batch, None, None]:
+        return training_batches(
+            dataset,
+            batch=config.schedule.batch,
+            accumulate=config.speed.accumulate,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
+            start_step=start_step,
+            total_steps=total_steps,
+            workers=workers,
+            pin_memory=fabric.device.type == "cuda",
+        )
+
+    scores: list[Scores] = []
+
+    def evaluate_task(task: Method) -> dict[str, float]:
+        assert isinstance(task, Task) and judge_source is not None
+        scores[:] = [_judge(task.predict, judge_source, config, len(source.classes), fabric, workers)]
+        return scores[0].summary()
+
+    evaluate_now = evaluate_task if judge_source is not None and isinstance(method, Task) else None
+    folder = Path(config.run.out)
+    run = None
+    if fabric.is_global_zero:
+        run = RunFolder.create(folder, config, resume=resume, allow_changes=allow_changes, command=shlex.split(command))
+    try:
+        result = fit(method, config, fabric, batches, per_epoch, run=run, evaluate=evaluate_now)
+        if run is not None:
+            _finish(method, config, folder, source, dataset, scores[0] if scores else None, fabric)
+            say(_closing(folder, result))
+    finally:
+        if run is not None:
+            run.close()
+    return TrainResult(folder, result)
+
+
+def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
+    """Trains an encoder without labels. See `finetune` for the options."""
+    return _train_recipe(recipe, labels=False, **options)
+
+
+def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
+    """Trains a classifier.
+
+    Options: `data`, `eval` (a path or several), `teacher`, `encoder` (weights to start from), `out`, `resume`, `allow_changes`, and any setting with
+    its dots as double underscores: `schedule__epochs=100`.
+    """
+    return _train_recipe(recipe, labels=True, **options)
+
+
+def sweep(config: Config, *, command: str = "") -> list[dict[str, object]]:
+    """Trains every combination of `config.sweep` into a folder of its own below `run.out`; finished ones are not repeated.
+
+    Prints a table, best first, and writes it to `sweep.csv`. The best is the best on `data.eval`: where that is the test set, as in the paper
+    (Table S2), its number is optimistic; give a validation split to choose, then judge once.
+    """
+    assert config.run.out is not None
+    rows: list[dict[str, object]] = []
+    for tried, point in sweep_points(config):
+        name = "-".join(f"{dotted.rpartition('.')[2]}_{value}" for dotted, value in tried.items())
+        folder = Path(config.run.out) / name
+        point = point.model_copy(update={"run": point.run.model_copy(update={"out": str(folder)})})
+        if not (folder / ENCODER_FILE).is_file():
+            train(point, resume=True, command=command)
+        judged = read_run(folder).lines("eval")
+        rows.append({**tried, **({k: v for k, v in judged[-1].items() if k in ("top1", "top5")} if judged else {})})
+    rows.sort(key=lambda row: -cast(float, row.get("top1", 0.0)))
+    _print_table("sweep", rows)
+    _write_csv(Path(config.run.out) / "sweep.csv", rows)
+    return rows
+
+
+def probe(
+    run: str | Path,
+    *,
+    data: Sequence[str],
+    eval: Sequence[str],
+    kind: Literal["quick", "linear", "knn"] = "quick",
+    out: str | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, float]:
+    """Judges a frozen encoder by what a simple classifier can read from it.
+
+    quick: logistic regression on mean patch features; knn: weighted neighbours; linear: MAE's protocol, trained by the loop into `out`
+    (default: `probe_linear` in the run).
+    """
+    settings = read_run(run).config
+    if kind == "linear":
+        return _linear_probe(Path(run), settings, data, eval, out, overrides)
+    if overrides:
+        raise ConfigError(f"probe --kind {kind} has no settings to override, got {overrides[0]}; --kind linear has")
+    encoder = _encoder_of(load(run))
+    fabric = make_fabric(settings.speed.model_copy(update={"devices": 1}))
+    encoder.to(fabric.device)
+    train_source = open_source(data, labelled=True)
+    test_source = open_source(eval, labelled=True, classes=train_source.classes)
+    augment = settings.data.augment
+    pool: Literal["mean", "class"] = "mean"
+    parts = []
+    for name, source in (("training images", train_source), ("test images", test_source)):
+        dataset = ImageDataset(source, evaluation_transform(augment, encoder.shape.image_size), train=False)
+        batches = evaluation_batches(dataset, batch=256, workers=loader_workers(settings.speed.workers, fabric))
+        total = -(-len(dataset) // 256)
+        parts.append(
+            extract_features(encoder, batches, fabric.device, augment.mean, augment.std, pool, total=total, title=name)
+        )
+    train_part, test_part = parts
+    result = logistic_probe(train_part, test_part) if kind == "quick" else knn_probe(train_part, test_part)
+    row: dict[str, object] = {"probe": kind, "train": len(parts[0][0]), "test": len(parts[1][0]), **result}
+    _print_table(f"{run}", [row])
+    _write_csv(Path(out or run) / f"probe_{kind}.csv", [row])
+    return result
+
+
+def evaluate(run: str | Path, *, data: Sequence[str] = (), out: str | None = None) -> dict[str, float]:
+    """Judges a classifier: prints top-1 and top-5, writes results per class and a confusion picture."""
+    model = load(run)
+    if not isinstance(model, Classifier):
+        raise WeightsError(
+            f"{run} holds an encoder without a classifier; fine-tune it first (mimlet finetune --encoder {run}), or use mimlet probe"
+        )
+    config = read_run(run).config
+    paths = list(data) or config.data.eval
+    if not paths:
+        raise DataError("no images to judge on: give --data (one folder per class)")
+    classes = list(model.names)
+    source = open_source(paths, labelled=True, classes=classes)
+    fabric = make_fabric(config.speed.model_copy(update={"devices": 1}))
+    model.to(fabric.device).eval()
+    with torch.no_grad():
+        scores = _judge(model, source, config, len(classes), fabric, loader_workers(config.speed.workers, fabric))
+    folder = Path(out or run)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_scores(folder, scores, classes)
+    _print_table(f"{run} on {source.describe()}", [dict(scores.summary())])
+    sys.stdout.write(f"per class: {folder / 'per_class.csv'}, confusion: {folder / 'confusion.png'}\n")
+    return scores.summary()
+
+
+def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"] = "timm") -> Path:
+    """Writes a run's model into another folder in timm's form, and prints the code that loads it there."""
+    source, folder = Path(run), Path(to)
+    if folder.resolve() == source.resolve():
+        raise RunError(f"{run} itself is already in this form: {source / ENCODER_FILE}")
+    if not (source / DESCRIPTION_FILE).is_file():
+        raise RunError(f"{run} has no {DESCRIPTION_FILE}: the run is not finished; continue it with --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ENCODER_FILE, DECODER_FILE, DESCRIPTION_FILE):
+        if (source / name).is_file():
+            write_atomic(folder / name, (source / name).read_bytes())
+    file = folder / ENCODER_FILE
+    sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.1f} MB). Use it:\n\n{snippet(folder)}\n")
+    return file
+
+
+def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
+    """Writes a self-contained page about one run, or comparing several."""
+    paths = [Path(run) for run in runs]
+    titles = [read_run(path).config.title or path.name for path in paths]
+    page = write_report(
+        paths,
+        Path(out) if out else paths[0] / "report.html",
+        title=titles[0] if len(paths) == 1 else f"{len(paths)} runs compared",
+        pictures=[
+            picture for path in paths for picture in run_pictures(path, "" if len(paths) == 1 else f"{path.name}: ")
+        ],
+        snippet=snippet(paths[0]) if len(paths) == 1 and (paths[0] / "encoder.json").is_file() else "",
+    )
+    sys.stdout.write(f"{page}\n")
+    return page
+
+
+def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
+    """The pictures that a run has left in its folder."""
+    known = {
+        "reconstruction.png": (
+            "Reconstruction",
+            "Rows of training images: the original, what the encoder sees of it, and what the decoder makes of that",
+            "Hidden patches are predicted, visible ones are the original. With normalised-pixel targets a patch's own mean and contrast are put back.",
+        ),
+        "confusion.png": (
+            "Confusion",
+            "Matrix of true classes against predicted classes",
+            "Rows are true classes; each sums to 100 %.",
+        ),
+    }
+    return [
+        Picture(prefix + title, (folder / name).read_bytes(), alt, caption)
+        for name, (title, alt, caption) in known.items()
+        if (folder / name).is_file()
+    ]
+
+
+def loader_workers(setting: int, fabric: Fabric) -> int:
+    """Loader processes per device. -1: two on a CPU, which also has to compute; else the cores per device, at most 8."""
+    if setting >= 0:
+        return setting
+    cores = (os.cpu_count() or 1) // fabric.world_size
+    return min(cores, 2 if fabric.device.type == "cpu" else 8)
+
+
+def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
+    values = read_recipe(recipe)
+    name = values.get("method", {}).get("name")
+    if name in METHODS and METHODS[name].labels != labels:
+        raise ConfigError(
+            f"recipe '{recipe}' has the method {name}; use mimlet.{'pretrain' if labels else 'finetune'} for it"
+        )
+    short = {
+        "data": "data.path",
+        "eval": "data.eval",
+        "teacher": "teacher.path",
+        "encoder": "encoder.weights",
+        "out": "run.out",
+    }
+    resume, allow_changes = bool(options.pop("resume", False)), bool(options.pop("allow_changes", False))
+    merge(values, nest("run.out", f"runs/{Path(recipe).stem}"))
+    for option, value in options.items():
+        dotted = short.get(option, option.replace("__", "."))
+        if dotted in ("data.path", "data.eval") and not isinstance(value, list | tuple):
+            value = [str(value)]
+        merge(values, nest(dotted, str(value) if isinstance(value, Path) else value))
+    return train(load_config(values), resume=resume, allow_changes=allow_changes)
+
+
+def _judge(
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    source: Source,
+    config: Config,
+    classes: int,
+    fabric: Fabric,
+    workers: int,
+) -> Scores:
+    augment = config.data.augment
+    dataset = ImageDataset(source, evaluation_transform(augment, config.encoder.image_size), train=False)
+    batch = max(1, min(256, config.schedule.batch))
+    batches = evaluation_batches(
+        dataset, batch=batch, rank=fabric.global_rank, world=fabric.world_size, workers=workers
+    )
+    return evaluate_classifier(predict, batches, fabric.device, augment.mean, augment.std, classes)
+
+
+def _finish(
+    method: Method,
+    config: Config,
+    folder: Path,
+    source: Source,
+    dataset: ImageDataset,
+    scores: Scores | None,
+    fabric: Fabric,
+) -> None:
+    """What a finished run leaves: the exported model, pictures, results per class, the page."""
+    augment = config.data.augment
+    info = {"method": config.method.name, "title": config.title}
+    if isinstance(method, Classify):
+        classes = source.classes or [str(i) for i in range(method.classes)]
+        export_classifier(folder, method, classes=classes, mean=augment.mean, std=augment.std, info=info)
+    else:
+        assert isinstance(method.encoder, ViT)
+        decoder = getattr(method, "decoder", None)
+        export_encoder(
+            folder,
+            method.encoder,
+            mean=augment.mean,
+            std=augment.std,
+            decoder=decoder if isinstance(decoder, Decoder) else None,
+            info=info,
+        )
+    if scores is not None:
+        _write_scores(folder, scores, source.classes)
+    picture = _reconstructions(method, config, dataset, fabric)
+    if picture:
+        write_atomic(folder / "reconstruction.png", picture)
+    if config.run.report:
+        page = write_report(
+            [folder],
+            folder / "report.html",
+            title=config.title or folder.name,
+            pictures=run_pictures(folder),
+            snippet=snippet(folder),
+        )
+        assert page.is_file()
+
+
+@torch.no_grad()
+def _reconstructions(method: Method, config: Config, dataset: ImageDataset, fabric: Fabric) -> bytes | None:
+    """What the method makes of a few fixed training images; None for methods that show nothing."""
+    augment = config.data.augment
+    shown = ImageDataset(
+        dataset.source,
+        evaluation_transform(augment, config.encoder.image_size),
+        dataset.samplers,
+        seed=config.seed,
+        indices=dataset.indices,
+    )
+    spread = range(0, len(shown), max(1, len(shown) // SHOWN))
+    samples = [shown[0, i] for i in itertools.islice(spread, SHOWN)]
+    batch = shown.collate(samples)
+    if isinstance(batch, DataError):
+        return None
+    with fabric.autocast():
+        pictures = method.pictures(batch.prepare(fabric.device, augment.mean, augment.std))
+    if not pictures:
+        return None
+    rows = [pictures[name].float().cpu() for name in ("original", "masked", "reconstruction")]
+    return reconstruction_grid(*rows, mean=augment.mean, std=augment.std, columns=SHOWN)
+
+
+def _linear_probe(
+    run: Path, settings: Config, data: Sequence[str], eval: Sequence[str], out: str | None, overrides: Sequence[str]
+) -> dict[str, float]:
+    values = read_recipe("linear_probe")
+    encoder = settings.encoder.model_dump(exclude={"weights", "keep_blocks", "drop_path"})
+    merge(values, {"encoder": {**encoder, "weights": str(run)}, "data": {"path": list(data), "eval": list(eval)}})
+    merge(values, {"run": {"out": out or str(run / "probe_linear")}, "speed": settings.speed.model_dump()})
+    images = len(open_source(data, labelled=True))
+    if values["schedule"]["batch"] > images:
+        values["schedule"]["batch"] = 1 << (max(1, images).bit_length() - 1)
+    return train(load_config(values, overrides)).fit.evaluation
+
+
+def _encoder_of(model: nn.Module) -> ViT:
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    assert isinstance(encoder, ViT)
+    return encoder
+
+
+def _write_scores(folder: Path, scores: Scores, classes: Sequence[str]) -> None:
+    scores.write_per_class(folder / "per_class.csv", classes)
+    scores.confusion_picture(folder / "confusion.png", classes)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
+    table = Table(title=title, title_justify="left")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            *(f"{value:.2f}" if isinstance(value := row.get(name, ""), float) else str(value) for name in names)
+        )
+    Console().print(table)
+
+
+def _teller(fabric: Fabric) -> Callable[[str], None]:
+    console = Console(stderr=True, highlight=False)
+    return (lambda text: console.print(text, markup=False)) if fabric.is_global_zero else (lambda text: None)
+
+
+def _closing(folder: Path, result: FitResult) -> str:
+    judged = ", ".join(f"{name} {value:.2f}" for name, value in result.evaluation.items())
+    return f"done after {result.steps:,} steps, {result.seconds:.0f} s{'; ' + judged if judged else ''}. Model and report: {folder}"

@@ -1,0 +1,125 @@
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimlet.data.masks import Mask, RandomMasking, visible_units
+from mimlet.errors import ConfigError
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def noise(images: int, units: int, seed: int) -> torch.Tensor:
+    return torch.rand(images, units, generator=torch.Generator().manual_seed(seed))
+
+
+def check(mask: Mask) -> None:
+    """What holds for every mask with equally many visible units per image."""
+    assert mask.ids_keep is not None
+    assert mask.ids_restore is not None
+    images, units = mask.hidden.shape
+    visible = mask.ids_keep.shape[1]
+    everything = torch.arange(units).expand(images, -1)
+    assert torch.equal(mask.order.sort(dim=1).values, everything)
+    assert torch.equal(mask.order.gather(1, mask.ids_restore), everything), "restoring undoes the order"
+    assert torch.equal(torch.cat([mask.ids_keep, mask.ids_hidden], dim=1), mask.order)
+    assert not mask.hidden.gather(1, mask.ids_keep).any()
+    assert mask.hidden.gather(1, mask.ids_hidden).all()
+    assert (mask.hidden.sum(dim=1) == units - visible).all()
+
+
+@given(st.integers(1, 4), st.integers(2, 40), st.floats(0.05, 0.95), SEEDS)
+def test_masks_from_noise(images: int, units: int, ratio: float, seed: int) -> None:
+    keep = int(units * (1 - ratio))
+    drawn = noise(images, units, seed)
+    if not 1 <= keep < units:
+        with pytest.raises(ConfigError, match=f"leaves {keep} of {units} units visible"):
+            Mask.from_noise(drawn, ratio)
+        return
+    mask = Mask.from_noise(drawn, ratio)
+    check(mask)
+    assert mask.ids_keep is not None
+    assert mask.ids_keep.shape == (images, keep)
+    kept = drawn.gather(1, mask.ids_keep)
+    assert torch.equal(kept, kept.sort(dim=1).values), "visible units come in the order of their noise"
+    assert (kept[:, -1] <= drawn.masked_fill(~mask.hidden, 2).amin(dim=1)).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 30), SEEDS)
+def test_masks_from_hidden_units(images: int, units: int, seed: int) -> None:
+    hidden = noise(images, units, seed) < 0.5
+    mask = Mask.from_hidden(hidden)
+    assert torch.equal(mask.hidden, hidden)
+    counts = hidden.sum(dim=1)
+    if (counts != counts[0]).any():
+        assert mask.ids_keep is None
+        assert mask.ids_restore is None
+        return
+    check(mask)
+    assert mask.ids_keep is not None
+    assert torch.equal(mask.ids_keep, mask.ids_keep.sort(dim=1).values), "visible units keep raster order"
+    assert torch.equal(mask.ids_hidden, mask.ids_hidden.sort(dim=1).values)
+
+
+@given(st.integers(1, 4), st.integers(2, 30), SEEDS)
+def test_complement(images: int, units: int, seed: int) -> None:
+    mask = Mask.from_noise(noise(images, units, seed), 0.5)
+    other = mask.complement()
+    check(other)
+    assert torch.equal(other.hidden, ~mask.hidden)
+    assert torch.equal(other.ids_keep, mask.ids_hidden.sort(dim=1).values)
+    assert torch.equal(other.complement().hidden, mask.hidden)
+
+
+def test_small_numbers() -> None:
+    mask = Mask.from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 0.5)
+    assert mask.hidden.tolist() == [[True, False, True, False]]
+    assert mask.ids_keep.tolist() == [[1, 3]]
+    assert mask.order.tolist() == [[1, 3, 2, 0]]
+    assert mask.ids_restore.tolist() == [[3, 0, 2, 1]]
+    assert mask.ids_hidden.tolist() == [[2, 0]]
+
+
+@pytest.mark.parametrize(("units", "ratio", "keep"), [(196, 0.75, 49), (49, 0.4, 29), (49, 0.6, 19), (196, 0.6, 78)])
+def test_published_counts(units: int, ratio: float, keep: int) -> None:
+    assert visible_units(units, ratio) == keep
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, 0.99])
+def test_impossible_ratio(ratio: float) -> None:
+    with pytest.raises(ConfigError, match=rf"mask ratio {ratio} leaves .* of 16 units.*between 0\.062 and 0\.938 here"):
+        RandomMasking(16, ratio)
+
+
+def test_sampler_draws_from_its_generator_alone() -> None:
+    sampler = pickle.loads(pickle.dumps(RandomMasking(16, 0.75)))
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    draws = torch.stack([sampler.draw(torch.Generator().manual_seed(seed)) for seed in (1, 2, 1)])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(draws[0], draws[2])
+    mask = sampler.collate(draws)
+    assert torch.equal(mask.hidden, Mask.from_noise(draws, 0.75).hidden)
+    assert (mask.hidden.sum(dim=1) == 12).all()
+    assert not torch.equal(mask.hidden[0], mask.hidden[1])
+
+
+def test_moving_keeps_what_is_absent() -> None:
+    assert Mask(torch.ones(1, 2, dtype=torch.bool)).to("meta").ids_keep is None
+    moved = Mask.from_noise(torch.rand(2, 4), 0.5).to("meta")
+    assert {t.device.type for t in (moved.hidden, moved.ids_keep, moved.ids_restore)} == {"meta"}
+
+
+def test_no_images() -> None:
+    mask = Mask.from_hidden(torch.zeros(0, 4, dtype=torch.bool))
+    assert mask.order.shape == (0, 4)
+
+
+def test_order_needs_equal_counts() -> None:
+    mask = Mask.from_hidden(torch.tensor([[True, False], [False, False]]))
+    with pytest.raises(AssertionError, match="different numbers of units"):
+        _ = mask.order
+    with pytest.raises(AssertionError, match="different numbers of units"):
+        _ = mask.ids_hidden

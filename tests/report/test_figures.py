@@ -1,0 +1,162 @@
+"""Exact small pictures and curves."""
+
+import io
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, reconstruction_grid, short, thin, ticks
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.2, 0.1)
+
+
+def normalised(pixels: np.ndarray) -> torch.Tensor:
+    """[B,H,W,3] uint8 -> normalised [B,3,H,W]."""
+    return torch.tensor((pixels / 255 - MEAN) / STD).permute(0, 3, 1, 2)
+
+
+def opened(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def test_a_grid_shows_every_pixel_of_small_images_unsmoothed() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 28, 28, 3), dtype=np.uint8)
+    original, masked, prediction = (normalised(part) for part in pixels)
+    grid = opened(reconstruction_grid(original, masked.numpy(), prediction, mean=MEAN, std=STD, columns=2))
+    cell, line = 112, 24 + 112 + 8
+    assert grid.shape == (2 * 3 * line, 2 * cell + 4, 4)
+    for image in range(3):
+        for row in range(3):
+            top, left = (3 * (image // 2) + row) * line + 24, image % 2 * (cell + 4)
+            shown = grid[top : top + cell, left : left + cell]
+            np.testing.assert_array_equal(shown[..., :3], pixels[row, image].repeat(4, 0).repeat(4, 1))
+            assert (shown[..., 3] == 255).all()
+
+
+def test_a_grid_labels_its_rows_on_transparent_ground() -> None:
+    images = torch.zeros(1, 3, 8, 8)
+    grid = opened(reconstruction_grid(images, images, images, mean=MEAN, std=STD))
+    for top in (0, 144, 288):
+        label = grid[top : top + 24]
+        assert 0 < (label[..., 3] > 0).sum() < label[..., 3].size / 2
+
+
+def test_a_grid_reduces_large_images_and_clips_what_is_no_colour() -> None:
+    images = torch.full((1, 3, 256, 128), 100.0)
+    images[:, 2] = float("nan")
+    picture = Picture("", reconstruction_grid(images, -images, images, mean=MEAN, std=STD), "")
+    assert picture.size == (64, 3 * (24 + 128 + 8))
+    grid = opened(picture.png_bytes)
+    assert grid[100, 30].tolist() == [255, 255, 0, 255]
+    assert grid[260, 30].tolist() == [0, 0, 0, 255]
+
+
+def test_thinning_keeps_ends_and_spikes() -> None:
+    x = np.arange(20_000.0)
+    y = np.sin(x / 1000)
+    y[7_777], y[12_345], y[5] = 40.0, -40.0, np.nan
+    kept_x, kept_y = thin(x, y, 500)
+    assert 400 < len(kept_x) <= 500
+    assert kept_x[0] == 0
+    assert kept_x[-1] == 19_999
+    assert (np.diff(kept_x) > 0).all()
+    assert kept_y[kept_x == 7_777] == 40
+    assert kept_y[kept_x == 12_345] == -40
+    assert np.isfinite(kept_y).all()
+    np.testing.assert_array_equal(y[kept_x.astype(int)], kept_y)
+
+
+def test_thinning_leaves_short_curves_alone() -> None:
+    x, y = thin([1, 2, 3], [4.0, float("inf"), 6.0])
+    assert x.tolist() == [1, 3]
+    assert y.tolist() == [4, 6]
+
+
+def test_averages_of_stretches() -> None:
+    curve = averaged(Curve("a", range(10, 15), [1.0, 3.0, 5.0, 7.0, 9.0]), limit=2)
+    assert curve.x == [11, 14]
+    assert curve.y == [2.0, 7.0]
+    assert averaged(Curve("a", [3], [0.5])).y == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.43, 1.02, [0.4, 0.6, 0.8, 1.0, 1.2]),
+        (0, 3e-4, [0, 1e-4, 2e-4, 3e-4]),
+        (7.0, 7.0, [2, 4, 6, 8, 10, 12]),
+        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-3, -3, [-5, -4, -3, -2, -1]),
+    ],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float]) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_numbers_as_people_write_them() -> None:
+    written = [number(value) for value in (0, 0.61234, 71.25, 12345.6, 1.5e-4, -0.00012344, 2.5e9)]
+    assert written == ["0", "0.6123", "71.25", "12,346", "1.5e-4", "-1.234e-4", "2.5e9"]
+    assert [short(value) for value in (0, 500, 12_500, 1.5e6, 5e-5, 1.1085)] == [
+        "0",
+        "500",
+        "12.5k",
+        "1.5M",
+        "5e-5",
+        "1.1085",
+    ]
+
+
+def test_ticks_of_short_and_flat_curves() -> None:
+    svg = ElementTree.fromstring(curves_svg([Curve("a", [1, 2, 3], [1.1086, 1.1096, 1.1104])], title="loss"))
+    texts = [text.text for text in svg.iter("text")]
+    assert texts == ["1.1085", "1.109", "1.1095", "1.11", "1.1105", "1", "2", "3", "step", "1.11"]
+
+
+def test_a_curve_is_drawn_where_its_values_are() -> None:
+    curve = Curve("run & <b>", [0, 50, 100, 200], [0.0, 1.0, float("nan"), 0.5], style=1)
+    svg = ElementTree.fromstring(curves_svg([curve], title="loss"))
+    (line,) = svg.iter("polyline")
+    assert line.attrib["points"] == "50.0,210.0 138.5,10.0 404.0,110.0"
+    assert line.attrib["data-xs"] == "0 50 200"
+    assert line.attrib["data-ys"] == "0 1 0.5"
+    assert line.attrib["data-label"] == "run & <b>"
+    assert line.attrib["class"] == "line s1"
+    assert svg.attrib["aria-label"] == "loss by step: run & <b> ends at 0.5."
+    assert [(dot.attrib["cx"], dot.attrib["cy"]) for dot in svg.iter("circle")] == [
+        ("50.0", "210.0"),
+        ("138.5", "10.0"),
+        ("404.0", "110.0"),
+    ]
+    texts = [text.text for text in svg.iter("text")]
+    assert texts == ["0", "0.2", "0.4", "0.6", "0.8", "1", "0", "50", "100", "150", "200", "step", "0.5"]
+
+
+def test_a_wide_span_gets_a_logarithmic_axis_where_allowed() -> None:
+    curve = Curve("a", [0, 1, 2], [100.0, 1.0, 0.01])
+    svg = ElementTree.fromstring(curves_svg([curve], title="loss", log=True))
+    assert next(svg.iter("polyline")).attrib["points"] == "50.0,10.0 227.0,110.0 404.0,210.0"
+    assert "log scale" in [text.text for text in svg.iter("text")]
+    flat = ElementTree.fromstring(curves_svg([curve], title="loss"))
+    assert next(flat.iter("polyline")).attrib["points"].startswith("50.0,10.0 227.0,208.0")
+    with_zero = Curve("a", [0, 1], [100.0, 0.0])
+    assert "log scale" not in curves_svg([with_zero], title="loss", log=True)
+
+
+def test_last_values_do_not_overlap_and_styles_stay_apart() -> None:
+    curves = [Curve(str(index), [0, 1], [1.0, 0.5 + index / 1000], style=index) for index in range(6)]
+    svg = ElementTree.fromstring(curves_svg(curves, title="loss"))
+    places = sorted(float(text.attrib["y"]) for text in svg.iter("text") if "value" in text.attrib["class"])
+    assert len(places) == 6
+    assert all(after - before >= 12.9 for before, after in pairwise(places))
+    assert places[-1] <= 210
+    thirty = ElementTree.fromstring(curves_svg([Curve("a", [0], [1.0], style) for style in range(30)], title="loss"))
+    styles = {(line.attrib["class"], line.attrib["stroke-dasharray"]) for line in thirty.iter("polyline")}
+    assert len(styles) == 30
