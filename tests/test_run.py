@@ -88,10 +88,10 @@ def test_unreadable_files_are_listed_once_even_over_a_resume(tmp_path: Path) -> 
         run.unreadable([("a.jpg", "cut\nshort"), ("b\t.jpg", "no image"), ("a.jpg", "cut short")])
         run.unreadable([("b\t.jpg", "no image")])
     with RunFolder.create(tmp_path, config(), resume=True) as run:
-        run.unreadable([("a.jpg", "cut short"), ("c.jpg", "empty")])
+        run.unreadable([("a.jpg", "cut short"), ("c\udcff.jpg", "empty")])
         run.unreadable([])
     lines = (tmp_path / "unreadable.txt").read_text().splitlines()
-    assert lines == ["a.jpg\tcut short", "b .jpg\tno image", "c.jpg\tempty"]
+    assert lines == ["a.jpg\tcut short", "b .jpg\tno image", "c\\udcff.jpg\tempty"]
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:

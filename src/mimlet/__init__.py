@@ -1,0 +1,53 @@
+"""mimlet: masked-image-modeling pre-training and distillation of lightweight vision transformers.
+
+The public names are those of `__all__`; they are imported when they are first used, so that `import mimlet` is immediate.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mimlet.api import demo, evaluate, export, finetune, pretrain, probe, report, sweep, train
+    from mimlet.config import Config, load_config
+    from mimlet.errors import UserError
+    from mimlet.models.features import Features, Taps
+    from mimlet.models.weights import load
+
+__all__ = [
+    "Config",
+    "Features",
+    "Taps",
+    "UserError",
+    "demo",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "load_config",
+    "pretrain",
+    "probe",
+    "report",
+    "sweep",
+    "train",
+]
+
+_ELSEWHERE = {
+    "Config": "mimlet.config",
+    "Features": "mimlet.models.features",
+    "Taps": "mimlet.models.features",
+    "UserError": "mimlet.errors",
+    "load": "mimlet.models.weights",
+    "load_config": "mimlet.config",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'mimlet' has no attribute '{name}'")
+    return getattr(import_module(_ELSEWHERE.get(name, "mimlet.api")), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

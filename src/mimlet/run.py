@@ -93,7 +93,9 @@ class RunFolder:
         self.path, self.config, self.resumed = path, config, resumed
         self._lock = lock
         self._unreadable = self.path / "unreadable.txt"
-        self._known = set(self._unreadable.read_text().splitlines()) if self._unreadable.exists() else set()
+        self._known = (
+            set(self._unreadable.read_text(encoding="utf-8").splitlines()) if self._unreadable.exists() else set()
+        )
         self._purge_step: int | None = None
 
     @classmethod
@@ -196,7 +198,7 @@ class RunFolder:
 
     def _append(self, path: Path, text: str) -> None:
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}") from None

@@ -60,7 +60,7 @@ def main(out: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
     run = RunFolder.create(out / "exploded", SETTINGS) if first else None
-    with pytest.raises(RunError, match="not finite"):
+    with pytest.raises(RunError, match="not all numbers are finite"):
         train(SETTINGS, ExplodesOnSecond(dropout=0, norm=False), run)
 
     run = RunFolder.create(out / "unreadable", SETTINGS) if first else None

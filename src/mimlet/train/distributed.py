@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import gc
+import logging
 import os
 from typing import Literal, TypeVar, cast
 
@@ -26,6 +29,7 @@ def make_fabric(speed: SpeedSettings) -> Fabric:
     """The launched engine: under torchrun or SLURM one process among theirs, else `devices` of this machine (1 if not
     said).
     """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     device_type = speed.accelerator if speed.accelerator != "auto" else _best_accelerator()
     devices, nodes = _launched_by_others() or (speed.devices or 1, speed.nodes)
     fabric = Fabric(
@@ -36,6 +40,8 @@ def make_fabric(speed: SpeedSettings) -> Fabric:
         precision=resolve_precision(speed.precision, device_type),
     )
     fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
 
 
@@ -112,6 +118,16 @@ class Piece:
 
     def __init__(self, batch: Batch, clock: Clock) -> None:
         self.batch, self.clock = batch, clock
+
+
+def _leave() -> None:
+    """Ends the process group before the interpreter ends: gloo's threads then would abort a process that succeeded.
+
+    They end with the group's last owner, which may be a wrapped module that only the collector can reach.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def _best_accelerator() -> Literal["cuda", "mps", "cpu"]:

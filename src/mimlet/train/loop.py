@@ -50,8 +50,7 @@ Batches = Callable[[int, int], Generator[Batch, None, None]]
 """(first step, total steps) -> this process's micro-batches of those steps, `speed.accumulate` per step, on the CPU."""
 
 Evaluate = Callable[[Method], dict[str, float]]
-"""Judges a method in eval mode, on every process. Of what it returns, the first number says which is best: the highest.
-"""
+"""Judges a method in eval mode, on every process. The evaluation whose first number is highest is the best one."""
 
 UNREADABLE_AFTER = 100
 """Images seen before the share of unreadable ones can stop a run; one epoch, if that is shorter."""
@@ -122,6 +121,12 @@ def fit(
         try:
             with loop.display:
                 return loop.train(stream)
+        except torch.OutOfMemoryError as error:
+            pieces, piece = config.speed.accumulate, config.schedule.batch // fabric.world_size
+            raise RunError(
+                f"the device ran out of memory with {piece // pieces} images at a time; use "
+                f"speed.accumulate={2 * pieces} (now {pieces}), which does not change results ({error})"
+            ) from error
         finally:
             stream.close()
 
@@ -135,9 +140,7 @@ class _Stop:
 
 @dataclass
 class _Interval:
-    """What happened since the last log: per step the losses (on the device) and images, and the seconds waited for
-    data.
-    """
+    """What happened since the last log: each step's losses (on the device) and images; seconds waited for data."""
 
     first: int
     began: float = field(default_factory=perf_counter)
@@ -290,13 +293,13 @@ class _Loop:
 
     def _log(self, means: dict[str, float]) -> None:
         """Writes the interval's averages and begins another; stops on a loss that is not finite."""
-        self.losses = {name: value for name, value in means.items() if name in (*self.method.weights, "total")}
+        self.losses = self._weighted_only(means)
         if not all(map(math.isfinite, self.losses.values())):
             self._stop_nonfinite()
         interval, now = self.interval, perf_counter()
         per_step = (now - interval.began) / (self.step - interval.first)
         values = {
-            **means,
+            **{name: value for name, value in means.items() if math.isfinite(value)},
             "lr": self.lr,
             "images_per_second": self.config.schedule.batch / per_step,
             "data_wait": interval.waited / (now - interval.began),
@@ -346,10 +349,12 @@ class _Loop:
         if self.run and self.checkpoints:
             found = self.checkpoints.latest()
             for line in self.run.rewind(found[0] if found else 0):
+                values = {name: float(value) for name, value in line.items() if name not in (*LINE_KEYS, "text")}
                 if line["kind"] == "eval":
-                    values = {name: float(value) for name, value in line.items() if name not in LINE_KEYS}
                     self.evaluations.append((int(line["step"]), values))
-        found, self.evaluations = self.fabric.broadcast((found, self.evaluations))
+                elif line["kind"] == "train":
+                    self.losses = self._weighted_only(values)
+        found, self.evaluations, self.losses = self.fabric.broadcast((found, self.evaluations, self.losses))
         if found is None:
             return
         self.step, state = found
@@ -360,9 +365,7 @@ class _Loop:
         self.say(f"resumed after step {self.step} of {self.plan.total}")
 
     def _wrap(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """Hands the method to Fabric. Compiling and DDP need a trial on the first micro-batch; the stream comes back
-        whole.
-        """
+        """Hands the method to Fabric; returns the whole stream, of which a trial may have used the first piece."""
         compiled, several = self.config.speed.compile, self.fabric.world_size > 1
         if compiled or several:
             first = next(stream)
@@ -417,17 +420,17 @@ class _Loop:
             )
 
     def _stop_nonfinite(self) -> NoReturn:
-        """Writes what led here and raises."""
+        """Writes what led here and raises. Without a bad loss here, the weights are bad, or another process."""
         history = [{name: float(value) for name, value in losses.items()} for losses in self.interval.losses]
-        bad = (i for i, losses in enumerate(history) if not all(map(math.isfinite, losses.values())))
-        first = next(bad, len(history) - 1)
-        names = ", ".join(f"{name} {value:.4g}" for name, value in history[first].items())
+        bad = [i for i, losses in enumerate(history) if not math.isfinite(losses["total"])]
+        step = self.interval.first + bad[0] if bad else self.step - 1
+        what = ", ".join(f"{name} {value:.4g}" for name, value in history[bad[0]].items()) if bad else "weights"
         where = ""
         if self.run and self.checkpoints:
             path = self.run.path / f"nonfinite_step_{self.step}.pt"
             state = {
                 "step": self.step,
-                "first_step": self.interval.first + first,
+                "first_step": step,
                 "losses": history,
                 "indices": self.interval.indices,
                 "method": self._trained_state(),
@@ -437,7 +440,7 @@ class _Loop:
             newest = f"the newest checkpoint, step {kept[-1]}, is from before" if kept else "there is no checkpoint yet"
             where = f" Losses, image numbers and weights are in {path}; {newest}."
         raise RunError(
-            f"the loss or the weights are not finite at step {self.interval.first + first} ({names}).{where} Lower "
+            f"not all numbers are finite at step {step} ({what}).{where} Lower "
             f"optim.lr (now {self.config.optim.lr:g}), set optim.clip=1.0, or use speed.precision=32"
         )
 
@@ -445,6 +448,10 @@ class _Loop:
         """The method's state without its frozen parts."""
         held = _prefixes(self.method)
         return {name: value for name, value in self.method.state_dict().items() if not name.startswith(held)}
+
+    def _weighted_only(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What is minimised, without what is only watched."""
+        return {name: value for name, value in values.items() if name in (*self.method.weights, "total")}
 
     def _set_modes(self) -> None:
         self.method.train()
@@ -475,7 +482,7 @@ class Display:
     def __init__(self, total: int, shown: bool) -> None:
         self.total = total
         self.console = Console(stderr=True, quiet=not shown)
-        columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
 
     def __enter__(self) -> Display:
@@ -499,8 +506,8 @@ class Display:
         shown = losses if len(losses) > 2 else {"loss": losses["total"]}
         text = (
             f"epoch {epoch:.2f}  {', '.join(f'{name} {value:.4f}' for name, value in shown.items())}  "
-            f"lr {values['lr']:.2e}  {values['images_per_second']:.4g} img/s  data {values['data_wait']:.0%}  "
-            f"{values['memory_mb'] / 1000:.1f} GB  left {timedelta(seconds=round(seconds_left))}"
+            f"{values['images_per_second']:.4g} img/s  left {timedelta(seconds=round(seconds_left))}  "
+            f"lr {values['lr']:.2e}  data {values['data_wait']:.0%}  {values['memory_mb'] / 1000:.1f} GB"
         )
         if self.bar:
             self.bar.update(self.task, completed=step, description=text)

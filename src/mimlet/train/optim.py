@@ -15,9 +15,7 @@ from mimlet.methods.base import Method
 
 
 class Group(TypedDict):
-    """Parameters that share a learning-rate scale and a weight decay. `always_adapt` is read by LARS only: adapt
-    without decay too.
-    """
+    """Parameters that share a learning-rate scale and a weight decay. LARS alone reads `always_adapt`."""
 
     params: list[nn.Parameter]
     lr_scale: float
@@ -26,9 +24,7 @@ class Group(TypedDict):
 
 
 def trained_parameters(method: Method) -> dict[str, nn.Parameter]:
-    """The parameters an optimiser may change, by name: neither in frozen parts nor in followers, and asking for a
-    gradient.
-    """
+    """By name, the parameters that ask for a gradient and are neither in frozen parts nor in followers."""
     held = tuple(f"{part}." for part in (*method.frozen, *method.ema))
     return {
         name: parameter
