@@ -1,4 +1,6 @@
-"""Runs contenders in processes of their own, one step at a time in turn, so that a slow moment of the machine hits all of them alike."""
+"""Runs contenders in processes of their own, one step at a time in turn, so that a slow moment of the machine hits
+all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def serve(pipe: Connection, job: Job, batch: int, threads: int) -> None:
 
 
 def measure(jobs: list[Job], batch: int, rounds: int, warmup: int = 1) -> dict[str, Measured]:
-    """Medians are over `rounds` steps each, after `warmup` uncounted rounds (and the step that every process starts with)."""
+    """Medians are over `rounds` steps each, after `warmup` uncounted rounds (and the step that every process starts
+    with).
+    """
     context, threads = get_context("spawn"), os.cpu_count() or 1
     pipes = {}
     processes = []

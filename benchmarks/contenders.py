@@ -1,7 +1,8 @@
 """Training steps to compare: ours, those of peer libraries, and a plain formulation of the official code's way.
 
-Each factory takes (batch, threads-independent settings) and returns a function that does one whole step (forward, backward, optimiser) on random images
-and returns the loss. ViT-Tiny/16 with 12 heads, 224 px, mask 0.75, decoder 1 x 96 x 3, normalised pixel target, AdamW.
+Each factory takes (batch, threads-independent settings) and returns a function that does one whole step (forward,
+backward, optimiser) on random images and returns the loss. ViT-Tiny/16 with 12 heads, 224 px, mask 0.75, decoder 1 x
+96 x 3, normalised pixel target, AdamW.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 
 Step = Callable[[], float]
 SIZE, PATCH, RATIO = 224, 16, 0.75
-TINY = {"dim": 192, "depth": 12, "heads": 12}
-BASE = {"dim": 768, "depth": 12, "heads": 12}
 
 
 def images(batch: int) -> Tensor:
@@ -30,7 +29,7 @@ def trainer(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool, fused: 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -52,7 +51,8 @@ def mimlet_mae(batch: int, bf16: bool) -> Step:
 
     def loss() -> Tensor:
         mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        return method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)["reconstruction"]
+        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
+        return losses["reconstruction"]
 
     return trainer(method, loss, bf16, fused=True)
 
@@ -61,9 +61,10 @@ def transformers_mae(batch: int, bf16: bool) -> Step:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     config = ViTMAEConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=12, intermediate_size=768, image_size=SIZE, patch_size=PATCH,
-        decoder_hidden_size=96, decoder_num_hidden_layers=1, decoder_num_attention_heads=3, decoder_intermediate_size=384,
-        mask_ratio=RATIO, norm_pix_loss=True,
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=12, intermediate_size=768,
+        image_size=SIZE, patch_size=PATCH, mask_ratio=RATIO, norm_pix_loss=True,
+        decoder_hidden_size=96, decoder_num_hidden_layers=1, decoder_num_attention_heads=3,
+        decoder_intermediate_size=384,
     )  # fmt: skip
     model, pixels = ViTMAEForPreTraining(config), images(batch)
     model.train()
@@ -92,7 +93,8 @@ def lightly_mae(batch: int, bf16: bool) -> Step:
             masked = utils.set_at_index(masked, keep, encoded.type_as(masked))
             prediction = self.decoder.predict(utils.get_at_index(self.decoder.decode(masked), hide))
             target = utils.get_at_index(utils.patchify(pixels, PATCH), hide - 1)
-            return F.mse_loss(prediction, utils.normalize_mean_var(target, dim=-1))
+            loss: Tensor = F.mse_loss(prediction, utils.normalize_mean_var(target, dim=-1))
+            return loss
 
     model, pixels = MAE(), images(batch)
     return trainer(model, lambda: model(pixels), bf16, fused=False)
@@ -111,7 +113,8 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(self.norm1(x)).reshape(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         self.logits = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5
         heads = self.logits.softmax(-1) @ v
         x = x + self.proj(heads.transpose(1, 2).reshape(B, T, D))
@@ -129,6 +132,12 @@ class PlainViT(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
+    def logits(self, number: int) -> Tensor:
+        block = self.blocks[number - 1]
+        assert isinstance(block, PlainBlock)
+        assert block.logits is not None
+        return block.logits
+
     def forward(self, pixels: Tensor, keep: Tensor) -> list[Tensor]:
         x = self.patch(pixels).flatten(2).transpose(1, 2) + self.position[:, 1:]
         x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
@@ -141,7 +150,9 @@ class PlainViT(nn.Module):
 
 
 class PlainD2MAE(nn.Module):
-    """D²-MAE written straight down: decoder on block 8, thirteenth block for attention, a ViT-Base teacher run to its end in float32."""
+    """D²-MAE written straight down: decoder on block 8, thirteenth block for attention, a ViT-Base teacher run to its
+    end in float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,8 +179,9 @@ class PlainD2MAE(nn.Module):
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         error = (prediction - target).square().mean(-1)
         hidden = torch.ones(B, 196).scatter(1, keep, 0.0)
-        attention = F.mse_loss(self.heads(self.student.blocks[12].logits), self.teacher.blocks[11].logits)
-        return (error * hidden).sum() / hidden.sum() + attention
+        attention = F.mse_loss(self.heads(self.student.logits(13)), self.teacher.logits(12))
+        loss: Tensor = (error * hidden).sum() / hidden.sum() + attention
+        return loss
 
 
 def plain_d2mae(batch: int, bf16: bool) -> Step:
@@ -188,17 +200,19 @@ def mimlet_d2mae(batch: int, bf16: bool) -> Step:
     from mimlet.models.vit import ViT, ViTShape
 
     encoder = ViT(ViTShape())
-    teacher = Teacher(ViT(ViTShape(**BASE)), bf16=bf16)
+    teacher = Teacher(ViT(ViTShape(dim=768, depth=12, heads=12)), bf16=bf16)
     decoder = build_decoder(encoder, DecoderSettings())
     method = DMAE(encoder, decoder, teacher, attention=[(13, 12)], decode_layer=8, extra_block=True)
     pixels, clock = images(batch), Clock(0, 1, 1, 0)
 
     def loss() -> Tensor:
         mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        losses = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
+        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
         return losses["reconstruction"] + losses["attention"]
 
     return trainer(method, loss, bf16, fused=True)
 
 
-CONTENDERS: dict[str, Any] = {f.__name__: f for f in (mimlet_mae, transformers_mae, lightly_mae, mimlet_d2mae, plain_d2mae)}
+CONTENDERS: dict[str, Any] = {
+    f.__name__: f for f in (mimlet_mae, transformers_mae, lightly_mae, mimlet_d2mae, plain_d2mae)
+}

@@ -11,7 +11,11 @@ import argparse
 
 from benchmarks.alternate import Job, measure
 
-MAE = [Job(f"{name} {kind}", f"{name}_mae", kind == "bf16") for kind in ("fp32", "bf16") for name in ("mimlet", "transformers", "lightly")]
+MAE = [
+    Job(f"{name} {kind}", f"{name}_mae", kind == "bf16")
+    for kind in ("fp32", "bf16")
+    for name in ("mimlet", "transformers", "lightly")
+]
 D2MAE = [
     Job("plain fp32", "plain_d2mae", False),
     Job("mimlet fp32, fp32 teacher", "mimlet_d2mae", False),
@@ -37,8 +41,14 @@ def report(title: str, jobs: list[Job], batch: int, rounds: int) -> None:
     print(f"{'':38}{'s/step':>8}{'peak MB':>9}  times as long as ours")
     for job in jobs:
         result = results[job.label]
-        own = [other for other in jobs if other.contender.startswith("mimlet") and (other.bf16 == job.bf16 or len(jobs) == 3)]
-        ratios = ", ".join(f"{result.median / results[other.label].median:.2f} ({other.label})" for other in own if other is not job)
+        own = [
+            other
+            for other in jobs
+            if other.contender.startswith("mimlet") and (other.bf16 == job.bf16 or len(jobs) == 3)
+        ]
+        ratios = ", ".join(
+            f"{result.median / results[other.label].median:.2f} ({other.label})" for other in own if other is not job
+        )
         print(f"{job.label:38}{result.median:8.3f}{result.memory:9.0f}  {ratios}")
 
 

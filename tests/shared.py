@@ -1,4 +1,6 @@
-"""Material that lies beside the repository: oracles made by official code, and real images. Tests that need it skip without it."""
+"""Material that lies beside the repository: oracles made by official code, and real images. Tests that need it skip
+without it.
+"""
 
 import json
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """mimlet: masked-image-modeling pre-training and distillation of lightweight vision transformers.
 
-The public names are those of `__all__`; they are imported when they are first used, so that `import mimlet` is immediate.
+The public names are those of `__all__`; they are imported when they are first used, so that `import mimlet` is
+immediate.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from mimlet.data.loader import evaluation_batches, steps_per_epoch, training_bat
 from mimlet.data.seeding import key
 from mimlet.data.source import Source, open_source
 from mimlet.data.subset import choose
+from mimlet.demo import demo
 from mimlet.errors import ConfigError, DataError, RunError, WeightsError
 from mimlet.export.timm import DESCRIPTION_FILE, export_classifier, export_encoder, snippet
 from mimlet.methods.base import Method, Task
@@ -45,6 +46,8 @@ from mimlet.train.loop import FitResult, fit
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+__all__ = ["demo", "evaluate", "export", "finetune", "pretrain", "probe", "report", "sweep", "train"]
+
 SHOWN = 8
 """Training images whose reconstruction a run shows."""
 
@@ -58,10 +61,11 @@ class TrainResult:
 
 
 def train(config: Config, *, resume: bool = False, allow_changes: bool = False, command: str = "") -> TrainResult:
-    """Trains whatever `config` describes, pre-training or task, and leaves a run folder with the exported model and a report.
+    """Trains whatever `config` describes, pre-training or task, and leaves a run folder with the exported model and a
+    report.
 
-    `resume` continues the newest checkpoint in `config.run.out`. Raises `UserError` for what the user can repair, `TrainingStopped` after a
-    signal.
+    `resume` continues the newest checkpoint in `config.run.out`. Raises `UserError` for what the user can repair,
+    `TrainingStopped` after a signal.
     """
     if not config.run.out:
         raise ConfigError("run.out is not set: give the folder that the run is written to")
@@ -110,7 +114,8 @@ def train(config: Config, *, resume: bool = False, allow_changes: bool = False, 
     scores: list[Scores] = []
 
     def evaluate_task(task: Method) -> dict[str, float]:
-        assert isinstance(task, Task) and judge_source is not None
+        assert isinstance(task, Task)
+        assert judge_source is not None
         scores[:] = [_judge(task.predict, judge_source, config, len(source.classes), fabric, workers)]
         return scores[0].summary()
 
@@ -138,17 +143,19 @@ def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
 def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
     """Trains a classifier.
 
-    Options: `data`, `eval` (a path or several), `teacher`, `encoder` (weights to start from), `out`, `resume`, `allow_changes`, and any setting with
-    its dots as double underscores: `schedule__epochs=100`.
+    Options: `data`, `eval` (a path or several), `teacher`, `encoder` (weights to start from), `out`, `resume`,
+    `allow_changes`, and any setting with its dots as double underscores: `schedule__epochs=100`.
     """
     return _train_recipe(recipe, labels=True, **options)
 
 
 def sweep(config: Config, *, command: str = "") -> list[dict[str, object]]:
-    """Trains every combination of `config.sweep` into a folder of its own below `run.out`; finished ones are not repeated.
+    """Trains every combination of `config.sweep` into a folder of its own below `run.out`; finished ones are not
+    repeated.
 
-    Prints a table, best first, and writes it to `sweep.csv`. The best is the best on `data.eval`: where that is the test set, as in the paper
-    (Table S2), its number is optimistic; give a validation split to choose, then judge once.
+    Prints a table, best first, and writes it to `sweep.csv`. The best is the best on `data.eval`: where that is the
+    test set, as in the paper (Table S2), its number is optimistic; give a validation split to choose, then judge
+    once.
     """
     assert config.run.out is not None
     rows: list[dict[str, object]] = []
@@ -177,8 +184,8 @@ def probe(
 ) -> dict[str, float]:
     """Judges a frozen encoder by what a simple classifier can read from it.
 
-    quick: logistic regression on mean patch features; knn: weighted neighbours; linear: MAE's protocol, trained by the loop into `out`
-    (default: `probe_linear` in the run).
+    quick: logistic regression on mean patch features; knn: weighted neighbours; linear: MAE's protocol, trained by
+    the loop into `out` (default: `probe_linear` in the run).
     """
     settings = read_run(run).config
     if kind == "linear":
@@ -213,7 +220,8 @@ def evaluate(run: str | Path, *, data: Sequence[str] = (), out: str | None = Non
     model = load(run)
     if not isinstance(model, Classifier):
         raise WeightsError(
-            f"{run} holds an encoder without a classifier; fine-tune it first (mimlet finetune --encoder {run}), or use mimlet probe"
+            f"{run} holds an encoder without a classifier; fine-tune it first (mimlet finetune --encoder {run}), "
+            "or use mimlet probe"
         )
     config = read_run(run).config
     paths = list(data) or config.data.eval
@@ -226,7 +234,6 @@ def evaluate(run: str | Path, *, data: Sequence[str] = (), out: str | None = Non
     with torch.no_grad():
         scores = _judge(model, source, config, len(classes), fabric, loader_workers(config.speed.workers, fabric))
     folder = Path(out or run)
-    folder.mkdir(parents=True, exist_ok=True)
     _write_scores(folder, scores, classes)
     _print_table(f"{run} on {source.describe()}", [dict(scores.summary())])
     sys.stdout.write(f"per class: {folder / 'per_class.csv'}, confusion: {folder / 'confusion.png'}\n")
@@ -240,10 +247,11 @@ def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"
         raise RunError(f"{run} itself is already in this form: {source / ENCODER_FILE}")
     if not (source / DESCRIPTION_FILE).is_file():
         raise RunError(f"{run} has no {DESCRIPTION_FILE}: the run is not finished; continue it with --resume")
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (ENCODER_FILE, DECODER_FILE, DESCRIPTION_FILE):
         if (source / name).is_file():
             write_atomic(folder / name, (source / name).read_bytes())
+        else:
+            (folder / name).unlink(missing_ok=True)
     file = folder / ENCODER_FILE
     sys.stdout.write(f"{file} ({file.stat().st_size / 1e6:.1f} MB). Use it:\n\n{snippet(folder)}\n")
     return file
@@ -272,7 +280,8 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
         "reconstruction.png": (
             "Reconstruction",
             "Rows of training images: the original, what the encoder sees of it, and what the decoder makes of that",
-            "Hidden patches are predicted, visible ones are the original. With normalised-pixel targets a patch's own mean and contrast are put back.",
+            "Hidden patches are predicted, visible ones are the original. "
+            "With normalised-pixel targets a patch's own mean and contrast are put back.",
         ),
         "confusion.png": (
             "Confusion",
@@ -288,10 +297,13 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
 
 
 def loader_workers(setting: int, fabric: Fabric) -> int:
-    """Loader processes per device. -1: two on a CPU, which also has to compute; else the cores per device, at most 8."""
+    """Loader processes per device. -1: two on a CPU, which also has to compute; else the cores per device, at most
+    8.
+    """
     if setting >= 0:
         return setting
-    cores = (os.cpu_count() or 1) // fabric.world_size
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, usable // fabric.world_size)
     return min(cores, 2 if fabric.device.type == "cpu" else 8)
 
 
@@ -427,7 +439,6 @@ def _write_scores(folder: Path, scores: Scores, classes: Sequence[str]) -> None:
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
@@ -449,9 +460,12 @@ def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
 
 def _teller(fabric: Fabric) -> Callable[[str], None]:
     console = Console(stderr=True, highlight=False)
-    return (lambda text: console.print(text, markup=False)) if fabric.is_global_zero else (lambda text: None)
+    if not fabric.is_global_zero:
+        return lambda text: None
+    return lambda text: console.print(text, markup=False, soft_wrap=True)
 
 
 def _closing(folder: Path, result: FitResult) -> str:
     judged = ", ".join(f"{name} {value:.2f}" for name, value in result.evaluation.items())
-    return f"done after {result.steps:,} steps, {result.seconds:.0f} s{'; ' + judged if judged else ''}. Model and report: {folder}"
+    took = f"done after {result.steps:,} steps, {result.seconds:.0f} s"
+    return f"{took}{'; ' + judged if judged else ''}. Model and report: {folder}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -358,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = [entry.callback.__name__ for entry in app.registered_commands if entry.callback]
     name = f"mimlet {given[0]}" if given[0] in verbs else "mimlet"
     group = typer.main.get_command(app)
+    warnings.formatwarning = lambda message, *where, **line: f"note: {message}\n"  # not the code that gave it
     try:
         code = group.main(given, prog_name="mimlet", standalone_mode=False, obj=shlex.join(["mimlet", *given]))
     except typer.TyperException as error:

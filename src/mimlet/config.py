@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import (
@@ -30,6 +30,9 @@ from mimlet.section import Section
 RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+AsText = BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
+"""`precision=32` is a number to TOML, and no mistake."""
 
 
 class EncoderSettings(Section):
@@ -83,7 +86,7 @@ class TeacherSettings(Section):
     path: str | None = None
     name: str | None = Field(None, description="zoo name of the file's architecture; none: read from its shapes")
     heads: int = Field(0, ge=0, description="needed where a file does not tell and the width has several customs")
-    precision: Literal["auto", "32", "bf16"] = Field(
+    precision: Annotated[Literal["auto", "32", "bf16"], AsText] = Field(
         "auto", description="auto: bf16 where the hardware computes in it, else 32"
     )
 
@@ -178,7 +181,7 @@ class ScheduleSettings(Section):
 class SpeedSettings(Section):
     """How fast, not what: results change at most by rounding."""
 
-    precision: Literal["auto", "32", "bf16", "16"] = Field(
+    precision: Annotated[Literal["auto", "32", "bf16", "16"], AsText] = Field(
         "auto", description="auto: bf16 where the hardware computes in it, else 32"
     )
     accumulate: int = Field(1, ge=1, description="split each batch into so many pieces per device")

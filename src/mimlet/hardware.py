@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Accelerator = Literal["cpu", "cuda", "mps"]
+
+
+def choose_accelerator(setting: Literal["auto"] | Accelerator) -> Accelerator:
+    """The kind of device that `speed.accelerator` means here; auto: the fastest there is."""
+    if setting != "auto":
+        return setting
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def computes_in_bf16(device_type: str) -> bool:

@@ -17,6 +17,7 @@ from mimlet.data.dataset import ImageDataset, Sample
 from mimlet.data.masks import RandomMasking
 from mimlet.data.source import open_source
 from mimlet.errors import DataError
+from tests.data.images import make_folder
 
 TRAIN = training_transform(AugmentSettings(), 16)
 EVALUATE = evaluation_transform(AugmentSettings(), 16)
@@ -96,24 +97,34 @@ def test_unreadable_images_are_replaced_in_training(photos: Path) -> None:
     (photos / "ant/2.jpg").write_text("text")
     data = dataset(photos)
     replaced = sample(data, 0, 1)
-    assert replaced.unreadable == (
-        ("ant/1.jpg", "the file is empty"),
-        ("ant/2.jpg", "not an image, or of an unknown format"),
-    )
-    assert (replaced.index, replaced.dropped) == (3, False)
-    assert torch.equal(replaced.draws["mask"], sample(data, 0, 1).draws["mask"])
-    assert not torch.equal(replaced.views["image"], sample(data, 0, 3).views["image"]), "the crop is drawn for place 1"
+    assert replaced.unreadable == ("ant/1.jpg", "the file is empty")
+    assert replaced.index not in (1, 2)
+    assert not replaced.dropped
+    again, other = sample(data, 0, 1), sample(data, 0, replaced.index)
+    assert torch.equal(replaced.draws["mask"], again.draws["mask"])
+    assert torch.equal(replaced.views["image"], again.views["image"])
+    assert not torch.equal(replaced.views["image"], other.views["image"]), "the crop is drawn for place 1"
     batch = data.collate([data[0, i] for i in range(3)])
     assert isinstance(batch, Batch)
-    assert batch.indices.tolist() == [0, 3, 3]
-    assert batch.unreadable == (*replaced.unreadable, ("ant/2.jpg", "not an image, or of an unknown format"))
+    assert batch.indices.tolist() == [0, replaced.index, sample(data, 0, 2).index]
+    assert batch.unreadable == (replaced.unreadable, ("ant/2.jpg", "not an image, or of an unknown format"))
 
 
-def test_replacement_wraps_around(photos: Path) -> None:
+def test_neighbours_of_unreadable_images_do_not_matter(tmp_path: Path) -> None:
+    """A folder of 120 broken files among others: each is replaced and counted once, by different images."""
+    photos = make_folder(tmp_path / "photos", ("ant",), each=24)
+    for k in range(120):
+        (photos / "ant" / f"a{k}.jpg").touch()
+    data = dataset(photos)
+    samples = [sample(data, 0, i) for i in range(144)]
+    assert len({s.unreadable for s in samples if s.unreadable}) == sum(s.unreadable is not None for s in samples) == 120
+    assert len({s.index for s in samples}) == 24
+
+
+def test_a_link_to_nowhere(photos: Path) -> None:
     (photos / "cat/3.jpg").unlink()
     (photos / "cat/3.jpg").symlink_to("gone")
-    replaced = sample(dataset(photos), 0, 11)
-    assert (replaced.index, replaced.unreadable) == (0, (("cat/3.jpg", "No such file or directory"),))
+    assert sample(dataset(photos), 0, 11).unreadable == ("cat/3.jpg", "No such file or directory")
 
 
 def test_unreadable_images_are_dropped_in_evaluation(photos: Path) -> None:

@@ -31,6 +31,7 @@ SHAPES = {
     "micro": ViTShape(image_size=16, patch=4, dim=24, depth=2, heads=6),
     "tiny of MAE-lite": ViTShape(image_size=32, depth=1),
     "narrow MLP": ViTShape(image_size=16, patch=8, dim=24, depth=1, heads=2, mlp_ratio=1.5),
+    "MLP of no round ratio": ViTShape(image_size=16, patch=8, dim=28, depth=1, heads=2, mlp_ratio=2.17),
     "no class token": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, class_token=False),
     "layer scale": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, layer_scale=0.1),
     "relative": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, relative="full"),

@@ -136,12 +136,15 @@ def test_literal_form_warns_about_untrained_weights() -> None:
         DMAE(encoder, decoder, Teacher(ViT(TEACHER)), attention=[(3, 3)], decode_layer=2)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"attention": [(4, 3)]}, r"no pair \(4, 3\); the student has layers 1 to 3"),
-    ({"attention": [(3, 4)]}, "the teacher 1 to 3"),
-    ({"attention": []}, "distils nothing"),
-    ({"attention": [(3, 3)], "decode_layer": 9}, "1 to 3"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": [(4, 3)]}, r"no pair \(4, 3\); the student has layers 1 to 3"),
+        ({"attention": [(3, 4)]}, "the teacher 1 to 3"),
+        ({"attention": []}, "distils nothing"),
+        ({"attention": [(3, 3)], "decode_layer": 9}, "1 to 3"),
+    ],
+)
 def test_impossible_layers_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(**options)

@@ -46,7 +46,9 @@ def test_equals_official_mae(target: str) -> None:
     checked = [name for name in oracle.io if name.startswith(f"grad_{target}.")]
     assert len(checked) == 5
     for name in checked:
-        assert_close(gradients[official_name(name.removeprefix(f"grad_{target}."))], oracle.io[name], **oracle.tolerance)
+        assert_close(
+            gradients[official_name(name.removeprefix(f"grad_{target}."))], oracle.io[name], **oracle.tolerance
+        )
 
 
 def test_positions_and_patches_equal_official() -> None:

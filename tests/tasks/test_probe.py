@@ -109,7 +109,6 @@ def test_extract_features(pool: str) -> None:
 def test_linear_probe_trains_its_head_and_leaves_the_encoder_alone() -> None:
     probe = LinearProbe(ViT(SHAPE, drop_path=0.5), 4)
     probe.train()
-    probe.encoder.eval()  # as the loop does for frozen parts
     before = {name: value.clone() for name, value in probe.encoder.state_dict().items()}
     batch = labelled()
     trained = [parameter for parameter in probe.parameters() if parameter.requires_grad]

@@ -14,10 +14,10 @@ from mimlet.data.masks import Mask
 class Batch:
     """Named views of the same B images, with masks and labels.
 
-    `views[name]` is [B,3,H,W]: uint8 as the loader makes it, float32 normalised after `prepare`. Most methods have the one
-    view `image`; multi-crop methods have more (`global0`, `local3`), all drawn from the same sample.
-    `masks[name]`: see `Mask`; most methods have the one mask `mask`. `labels` [B] int64, -1 where unknown.
-    `indices` [B]: the positions in the data set. `unreadable`: (name, reason) of files that had to be replaced.
+    `views[name]` is [B,3,H,W]: uint8 as the loader makes it, float32 normalised after `prepare`. Most methods have
+    the one view `image`; multi-crop methods have more (`global0`, `local3`), all drawn from the same sample.
+    `masks[name]`: see `Mask`; most methods have the one mask `mask`. `labels` [B] int64, -1 where unknown. `indices`
+    [B]: the positions in the data set. `unreadable`: (name, reason) of files that had to be replaced.
     """
 
     views: dict[str, Tensor]
@@ -41,14 +41,12 @@ class Batch:
 
     def prepare(self, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
         """Moves to the device and turns uint8 views into normalised float32: (x / 255 - mean) / std per channel."""
+        constants = ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
+        scale, shift = (torch.tensor(row).view(1, 3, 1, 1).to(device, non_blocking=True) for row in constants)
         views = {}
         for name, view in self.views.items():
             moved = view.to(device, non_blocking=True)
             if moved.dtype == torch.uint8:
-                scale = torch.tensor([1 / (255 * s) for s in std], device=moved.device).view(1, 3, 1, 1)
-                shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=moved.device).view(
-                    1, 3, 1, 1
-                )
                 moved = moved.float().mul_(scale).sub_(shift)
             views[name] = moved
         return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,21 +21,22 @@ from mimlet.errors import DataError
 from mimlet.methods.base import Transform
 
 ATTEMPTS = 100
-"""So many unreadable images in a row stop the run."""
+"""So many unreadable images one after the other stop the run."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One image's views [3,H,W], mask draws [U], label and position.
 
-    `dropped`: unreadable in evaluation, the views are a blank.
+    `unreadable`: name and reason, where the image asked for could not be read. `dropped`: this was in evaluation, and
+    the views are a blank.
     """
 
     views: dict[str, Tensor]
     index: int
     label: int
     draws: dict[str, Tensor] = field(default_factory=dict)
-    unreadable: tuple[tuple[str, str], ...] = ()
+    unreadable: tuple[str, str] | None = None
     dropped: bool = False
 
 
@@ -46,8 +47,8 @@ class ImageDataset(Dataset[Sample | DataError]):
     by it, and each mask is drawn from a generator seeded by it and the mask's name. So neither workers, order nor
     restarts change a sample.
 
-    An unreadable image is replaced by the next readable one in training, and left out of the batch in evaluation;
-    either way the batch reports its name and the reason. `ATTEMPTS` unreadable images in a row make the item a
+    An unreadable image is replaced by another at random in training, and left out of the batch in evaluation; either
+    way the batch reports its name and the reason. `ATTEMPTS` unreadable images in a row make the item a
     `DataError`, which is returned, not raised: an exception would leave a worker process as a traceback. `collate`
     hands it on and the loader raises it.
     """
@@ -74,13 +75,13 @@ class ImageDataset(Dataset[Sample | DataError]):
 
     def __getitem__(self, at: tuple[int, int]) -> Sample | DataError:
         epoch, index = at
-        failed: list[tuple[str, str]] = []
-        for used in range(index, index + ATTEMPTS):
-            row = int(self.indices[used % len(self)])
+        unreadable: tuple[str, str] | None = None
+        for used in self._candidates(epoch, index):
+            row = int(self.indices[used])
             try:
                 image = decode(self.source.read(row))
             except (UnreadableImage, OSError) as error:
-                failed.append((self.source.name(row), getattr(error, "strerror", None) or str(error)))
+                unreadable = unreadable or (self.source.name(row), getattr(error, "strerror", None) or str(error))
                 if self.train:
                     continue
                 image = Image.new("RGB", (1, 1))
@@ -90,9 +91,16 @@ class ImageDataset(Dataset[Sample | DataError]):
             for name, sampler in self.samplers.items():
                 generator = torch.Generator().manual_seed(key("mask", self.seed, epoch, index, name))
                 draws[name] = sampler.draw(generator)
-            dropped = bool(failed) and not self.train
-            return Sample(views, used % len(self), self.source.label(row), draws, tuple(failed), dropped)
-        return DataError(f"{ATTEMPTS} images in a row cannot be read, the first being {failed[0][0]}: {failed[0][1]}")
+            dropped = unreadable is not None and not self.train
+            return Sample(views, used, self.source.label(row), draws, unreadable, dropped)
+        assert unreadable is not None
+        return DataError(f"{ATTEMPTS} images in a row cannot be read, the first being {unreadable[0]}: {unreadable[1]}")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The image itself, then others at random: broken files often lie together."""
+        yield index
+        generator = np.random.default_rng(key("replacement", self.seed, epoch, index))
+        yield from generator.integers(len(self), size=ATTEMPTS - 1).tolist()
 
     def collate(self, samples: Sequence[Sample | DataError]) -> Batch | DataError:
         """Samples of equal shapes -> batch, masks joined by their samplers."""
@@ -115,7 +123,7 @@ class ImageDataset(Dataset[Sample | DataError]):
                 if kept
             },
             torch.tensor([sample.label for sample in kept], dtype=torch.int64) if self.source.classes else None,
-            tuple(failure for sample in good for failure in sample.unreadable),
+            tuple(sample.unreadable for sample in good if sample.unreadable),
         )
 
 

@@ -8,6 +8,7 @@ Letters: B images, U mask units, V visible units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class Mask:
 
     @staticmethod
     def from_noise(noise: Tensor, ratio: float) -> Mask:
-        """MAE's rule: keep the int(U * (1 - ratio)) units with the smallest noise [B,U], in the order of their noise."""
+        """MAE's rule: keep the int(U * (1 - ratio)) units with the smallest noise [B,U], in the order of that noise."""
         units = noise.shape[1]
         keep = visible_units(units, ratio)
         ids_shuffle = noise.argsort(dim=1)
@@ -73,9 +74,9 @@ class Mask:
         """The same mask in page-locked memory (called by the data loader)."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, f: object) -> Mask:
-        assert callable(f)
-        return Mask(*(None if t is None else f(t) for t in (self.hidden, self.ids_keep, self.ids_restore)))
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Mask:
+        keep, restore = (None if t is None else f(t) for t in (self.ids_keep, self.ids_restore))
+        return Mask(f(self.hidden), keep, restore)
 
 
 def visible_units(units: int, ratio: float) -> int:
@@ -90,7 +91,9 @@ def visible_units(units: int, ratio: float) -> int:
 
 
 class MaskSampler(Protocol):
-    """Draws one sample's mask from a generator, and joins samples into a batch. Must be picklable (it runs in loader workers)."""
+    """Draws one sample's mask from a generator, and joins samples into a batch. Must be picklable (it runs in loader
+    workers).
+    """
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One sample's draw, [U]: noise or a bool map, whatever `collate` understands."""

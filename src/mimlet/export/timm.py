@@ -7,6 +7,7 @@ classifier of a fine-tuning run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -94,12 +95,19 @@ def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[s
         "embed_dim": (shape.dim, size.dim),
         "depth": (shape.depth, size.depth),
         "num_heads": (shape.heads, size.heads),
-        "mlp_ratio": (shape.mlp_ratio, 4.0),
+        "mlp_ratio": (_mlp_ratio(shape), 4.0),
         "class_token": (shape.class_token, True),
         "init_values": (shape.layer_scale, None),
     }
     arguments: dict[str, object] = {key: ours for key, (ours, timms) in numbers.items() if ours != timms}
     return name, {**arguments, "num_classes": classes, "global_pool": {"mean": "avg", "class": "token", "": ""}[pool]}
+
+
+def _mlp_ratio(shape: ViTShape) -> float:
+    """The ratio from which timm, which rounds down, gets our hidden width."""
+    hidden = round(shape.dim * shape.mlp_ratio)
+    ratio = hidden / shape.dim
+    return ratio if int(shape.dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def snippet(folder: Path) -> str:
@@ -124,7 +132,6 @@ def _description(
 
 def _write(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, object]) -> Path:
     """Writes tensors under timm's names and their description, for programs and for people."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / DECODER_FILE).unlink(missing_ok=True)
     file = folder / ENCODER_FILE
     save_weights(file, state, description)

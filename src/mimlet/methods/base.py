@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from mimlet.config import AugmentSettings, Config
 
 Transform = Callable[["Image"], dict[str, Tensor]]
-"""One decoded RGB image -> its named uint8 views. It may use the global random generators: the data set seeds them per sample."""
+"""One decoded RGB image -> its named uint8 views. It may use the global random generators: the data set seeds them
+per sample.
+"""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands. `step` counts optimiser steps from 0; schedules read `progress`, so that any length works."""
+    """Where training stands. `step` counts optimiser steps from 0; schedules read `progress`, so that any length
+    works.
+    """
 
     step: int
     total_steps: int
@@ -47,11 +51,12 @@ class Method(nn.Module, ABC):
 
     The attributes are the parts. `encoder` is what a run exports. A method extends this class and no other method.
 
-    - `frozen`: names of attributes that are never trained: kept in eval mode, without gradient, and left out of checkpoints.
+    - `frozen`: names of attributes that are never trained: kept in eval mode, without gradient, and left out of
+      checkpoints. A part named here or in `ema` may be None where a configuration does without it.
     - `ema`: {follower: leader}, attributes that follow another by moving average; `ema_momentum(clock)` is the decay.
       A follower gets no gradient but keeps the train/eval mode of its leader (batch norm in MoCo-v3 needs it).
-    - `weights`: coefficient of each loss that `forward` returns; the loop minimises the weighted sum. Values that `forward`
-      returns under a name absent from `weights` are logged, not minimised.
+    - `weights`: coefficient of each loss that `forward` returns; the loop minimises the weighted sum. Values that
+      `forward` returns under a name absent from `weights` are logged, not minimised.
     """
 
     encoder: nn.Module
@@ -62,11 +67,21 @@ class Method(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: Config, classes: int = 0) -> Method:
-        """Makes the method and its parts from a resolved configuration. `classes`: number of labels in the data, 0 without labels."""
+        """Makes the method and its parts from a resolved configuration. `classes`: number of labels in the data, 0
+        without labels.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """One step's losses by name, each a scalar, from a prepared batch."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, but frozen parts stay in eval mode."""
+        super().train(mode)
+        for name in self.frozen:
+            if (part := getattr(self, name)) is not None:
+                part.eval()
+        return self
 
     def transform(self, augment: AugmentSettings, image_size: int) -> Transform:
         """The views of one training sample; one augmented crop named `image` unless a method says otherwise."""
@@ -89,7 +104,9 @@ class Method(nn.Module, ABC):
         """After the optimiser step and the moving averages."""
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """What this method sees and predicts on a prepared batch, as image tensors [B,3,H,W] in normalised pixels, for reports."""
+        """What this method sees and predicts on a prepared batch, as image tensors [B,3,H,W] in normalised pixels,
+        for reports.
+        """
         return {}
 
 

@@ -1,6 +1,8 @@
-"""D-MAE and D²-MAE: attention distillation during MAE pre-training, with the decoder decoupled from the distilled layer.
+"""D-MAE and D²-MAE: attention distillation during MAE pre-training, with the decoder decoupled from the distilled
+layer.
 
-An Experimental Study on Exploring Strong Lightweight Vision Transformers via Masked Image Modeling Pre-Training (IJCV 2025), and its released code.
+An Experimental Study on Exploring Strong Lightweight Vision Transformers via Masked Image Modeling Pre-Training (IJCV
+2025), and its released code.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler, RandomMasking
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import build_decoder, reconstruction_pictures
+from mimlet.methods.mae import build_decoder, reconstruction_pictures, start_encoder
 from mimlet.methods.settings import DMAESettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import Linear, linear
 from mimlet.models.parts import NORM_EPS, attention_logits, init_mae
 from mimlet.models.teacher import Teacher, load_teacher
-from mimlet.models.vit import ViT, build_encoder
-from mimlet.models.weights import load_encoder_weights
+from mimlet.models.vit import ViT
+from mimlet.models.weights import LoadReport
 from mimlet.objectives.attention import feature_distance, logit_distance
 from mimlet.objectives.reconstruct import masked_pixel_loss
 
@@ -35,7 +37,9 @@ Pairs = Sequence[tuple[int, int]]
 
 
 class AttentionOnly(nn.Module):
-    """The extra block of the released D²-MAE: just enough to give attention logits. Names `norm1`, `attn.qkv` as in the official files."""
+    """The extra block of the released D²-MAE: just enough to give attention logits. Names `norm1`, `attn.qkv` as in
+    the official files.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -47,16 +51,24 @@ class AttentionOnly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> logits [B,H,T,T]."""
         qkv = self.attn["qkv"]
+        assert isinstance(qkv, Linear)
         parts = 2 * x.shape[-1]
         qk = linear(self.norm1(x), qkv.weight[:parts], qkv.bias[:parts]).view(*x.shape[:2], 2, self.heads, -1)
         return attention_logits(*qk.permute(2, 0, 3, 1, 4).unbind(0))
 
 
-class DMAE(Method):
-    """MAE plus distances between the student's and a frozen teacher's attention logits (and features, eq. 6) on the same visible patches.
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer in a list of them."""
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
 
-    `decode_layer`: the decoder reads the final norm of that block's output instead of the last (D²-MAE). `extra_block`: the last pair's student
-    side is an attention-only block after the last one, which is not exported.
+
+class DMAE(Method):
+    """MAE plus distances between the student's and a frozen teacher's attention logits (and features, eq. 6) on the
+    same visible patches.
+
+    `decode_layer`: the decoder reads the final norm of that block's output instead of the last (D²-MAE).
+    `extra_block`: the last pair's student side is an attention-only block after the last one, which is not exported.
     Layer pairs are (student block, teacher block); `hidden` pairs number block outputs, 0 being the embedding.
     """
 
@@ -82,6 +94,7 @@ class DMAE(Method):
         self.encoder = encoder
         self.decoder = decoder
         self.teacher = teacher
+        self.load_report: LoadReport | None = None
         self.mask_ratio = mask_ratio
         self.normalise = normalise
         self.decode_layer = decode_layer or encoder.depth
@@ -89,7 +102,9 @@ class DMAE(Method):
         self.extra = AttentionOnly(encoder.dim, encoder.heads) if extra_block else None
         self._check()
         # Conv2d's default initialisation of a 1x1 convolution over heads, which is nn.Linear's.
-        self.head_maps = nn.ModuleList(nn.Linear(encoder.heads, teacher.heads, bias=False) for _ in self.attention_pairs)
+        self.head_maps = nn.ModuleList(
+            nn.Linear(encoder.heads, teacher.heads, bias=False) for _ in self.attention_pairs
+        )
         self.feature_maps = nn.ModuleList(nn.Linear(encoder.dim, teacher.dim, bias=False) for _ in self.hidden_pairs)
         self.weights = {}
         if decoder is not None:
@@ -101,13 +116,18 @@ class DMAE(Method):
 
         in_extra = encoder.depth + 1
         self.student_taps = Taps(
-            hidden=tuple(sorted({self.decode_layer} if decoder and decode_layer else set()) + ([encoder.depth] if self.extra else [])),
+            hidden=tuple(
+                sorted({self.decode_layer} if decoder and decode_layer else set())
+                + ([encoder.depth] if self.extra else [])
+            ),
             normed=tuple(s for s, _ in self.hidden_pairs),
             attention=tuple(s for s, _ in self.attention_pairs if s != in_extra),
             tokens=decoder is not None and not decode_layer,
         )
         self.teacher_taps = Taps(
-            normed=tuple(t for _, t in self.hidden_pairs), attention=tuple(t for _, t in self.attention_pairs), tokens=False
+            normed=tuple(t for _, t in self.hidden_pairs),
+            attention=tuple(t for _, t in self.attention_pairs),
+            tokens=False,
         )
 
     @classmethod
@@ -115,12 +135,11 @@ class DMAE(Method):
         """From a configuration: layer 0 in attention pairs and -1 in feature pairs mean the last."""
         settings = config.method
         assert isinstance(settings, DMAESettings)
-        encoder = build_encoder(config.encoder)
-        if config.encoder.weights:
-            load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
-        teacher = load_teacher(config.teacher, encoder, mean=config.data.augment.mean, std=config.data.augment.std)
+        encoder, report = start_encoder(config)
+        augment, accelerator = config.data.augment, config.speed.accelerator
+        teacher = load_teacher(config.teacher, encoder, mean=augment.mean, std=augment.std, accelerator=accelerator)
         last = encoder.depth + int(settings.extra_block)
-        return cls(
+        method = cls(
             encoder,
             build_decoder(encoder, settings.decoder) if settings.reconstruct else None,
             teacher,
@@ -135,6 +154,8 @@ class DMAE(Method):
             mask_ratio=settings.mask_ratio,
             normalise=settings.target == "normalised",
         )
+        method.load_report = report
+        return method
 
     def masks(self) -> dict[str, MaskSampler]:
         """One random mask over patches, for student and teacher."""
@@ -152,13 +173,13 @@ class DMAE(Method):
             )
         if self.attention_pairs:
             distances = [
-                logit_distance(self._student_logits(student, s), teacher.attention[t], head_map.weight)
+                logit_distance(self._student_logits(student, s), teacher.attention[t], weight_of(head_map))
                 for (s, t), head_map in zip(self.attention_pairs, self.head_maps, strict=True)
             ]
             losses["attention"] = torch.stack(distances).sum()
         if self.hidden_pairs:
             distances = [
-                feature_distance(student.normed[s], teacher.normed[t], feature_map.weight)
+                feature_distance(student.normed[s], teacher.normed[t], weight_of(feature_map))
                 for (s, t), feature_map in zip(self.hidden_pairs, self.feature_maps, strict=True)
             ]
             losses["hidden"] = torch.stack(distances).sum()
@@ -189,19 +210,26 @@ class DMAE(Method):
     def _check(self) -> None:
         depth, teacher_depth = self.encoder.depth, self.teacher.depth
         last = depth + (self.extra is not None)
-        for kind, pairs, first, most in (("attention", self.attention_pairs, 1, last), ("hidden", self.hidden_pairs, 0, depth)):
+        for kind, pairs, first, most in (
+            ("attention", self.attention_pairs, 1, last),
+            ("hidden", self.hidden_pairs, 0, depth),
+        ):
             for s, t in pairs:
                 if not (first <= s <= most and first <= t <= teacher_depth):
                     raise ConfigError(
-                        f"method.{kind}_layers: no pair ({s}, {t}); the student has layers {first} to {most}, the teacher {first} to {teacher_depth}"
+                        f"method.{kind}_layers: no pair ({s}, {t}); the student has layers {first} to {most}, "
+                        f"the teacher {first} to {teacher_depth}"
                     )
         if not 1 <= self.decode_layer <= depth:
-            raise ConfigError(f"method.decode_layer {self.decode_layer} is not a block of the student, which has 1 to {depth}")
+            raise ConfigError(
+                f"method.decode_layer {self.decode_layer} is not a block of the student, which has 1 to {depth}"
+            )
         if not self.attention_pairs and not self.hidden_pairs:
             raise ConfigError("dmae distils nothing: give attention_layers or hidden_layers, or use the method mae")
         if self.decoder is not None and self.decode_layer < depth and self.extra is None:
             warnings.warn(
-                f"the decoder reads block {self.decode_layer} and no extra block follows block {depth}: its value, output and MLP weights "
-                "get no gradient and stay as initialised (the paper's literal form; the released code sets extra_block = true)",
+                f"the decoder reads block {self.decode_layer} and no extra block follows block {depth}: its value, "
+                "output and MLP weights get no gradient and stay as initialised (the paper's literal form; the "
+                "released code sets extra_block = true)",
                 stacklevel=2,
             )

@@ -14,7 +14,7 @@ from mimlet.methods.settings import DecoderSettings, MAESettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
 from mimlet.models.vit import ViT, build_encoder
-from mimlet.models.weights import load_encoder_weights
+from mimlet.models.weights import LoadReport, load_encoder_weights
 from mimlet.objectives.reconstruct import denormalise_patches, masked_pixel_loss, patchify, unpatchify
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class MAE(Method):
         self.decoder = decoder
         self.mask_ratio = mask_ratio
         self.normalise = normalise
+        self.load_report: LoadReport | None = None
         self.weights = {"reconstruction": 1.0}
 
     @classmethod
@@ -39,10 +40,11 @@ class MAE(Method):
         """From a configuration."""
         settings = config.method
         assert isinstance(settings, MAESettings)
-        encoder = build_encoder(config.encoder)
-        if config.encoder.weights:
-            load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
-        return cls(encoder, build_decoder(encoder, settings.decoder), settings.mask_ratio, settings.target == "normalised")
+        encoder, report = start_encoder(config)
+        decoder = build_decoder(encoder, settings.decoder)
+        method = cls(encoder, decoder, settings.mask_ratio, settings.target == "normalised")
+        method.load_report = report
+        return method
 
     def masks(self) -> dict[str, MaskSampler]:
         """One random mask over patches."""
@@ -59,6 +61,12 @@ class MAE(Method):
         """original, masked and reconstruction, each [B,3,H,W]."""
         latent = self.encoder(batch.images, batch.mask, taps=Taps()).latent
         return reconstruction_pictures(self.decoder(latent, batch.mask), batch, self.encoder.patch, self.normalise)
+
+
+def start_encoder(config: Config) -> tuple[ViT, LoadReport | None]:
+    """A fresh encoder, filled from `encoder.weights` where they are given, and what was loaded."""
+    encoder, start = build_encoder(config.encoder), config.encoder
+    return encoder, load_encoder_weights(encoder, start.weights, start.keep_blocks) if start.weights else None
 
 
 def build_decoder(encoder: ViT, settings: DecoderSettings) -> Decoder:

@@ -1,7 +1,8 @@
 """Settings of every method, and the table that names the methods.
 
-This module does not import torch, so that a misspelt setting is answered at once. A new method adds its settings class here
-and one line to `METHODS`; the class that trains lives in its own file and is imported only when it is built.
+This module does not import torch, so that a misspelt setting is answered at once. A new method adds its settings
+class here and one line to `METHODS`; the class that trains lives in its own file and is imported only when it is
+built.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class DecoderSettings(Section):
-    """A decoder over patches. MAE-lite's default for ViT-Tiny: one block, half the width, three heads (0 = derive from the encoder)."""
+    """A decoder over patches. MAE-lite's default for ViT-Tiny: one block, half the width, three heads (0 = derive
+    from the encoder).
+    """
 
     depth: int = Field(1, ge=0)
     dim: int = Field(0, ge=0, description="0: half of the encoder's width")
@@ -37,9 +40,9 @@ class MAESettings(Section):
 class DMAESettings(Section):
     """D-MAE and D²-MAE (Exploring Strong Lightweight ViTs via MIM Pre-Training, sections 5 and 6).
 
-    The defaults are D-MAE. D²-MAE as released: `decode_layer = 8`, `extra_block = true`; as printed: `extra_block = false`.
-    Layers are pairs [student block, teacher block], numbered from 1; 0 stands for the last block. For `hidden_layers`, 0 is the embedding
-    and -1 the last.
+    The defaults are D-MAE. D²-MAE as released: `decode_layer = 8`, `extra_block = true`; as printed: `extra_block =
+    false`. Layers are pairs [student block, teacher block], numbered from 1; 0 stands for the last block. For
+    `hidden_layers`, 0 is the embedding and -1 the last.
     """
 
     name: Literal["dmae"] = "dmae"
@@ -48,7 +51,9 @@ class DMAESettings(Section):
     decoder: DecoderSettings = DecoderSettings()
     reconstruct: bool = Field(True, description="false: the paper's column without reconstruction loss")
     decode_layer: int | None = Field(None, ge=1, description="student block the decoder reads; none: the last")
-    extra_block: bool = Field(False, description="distil through an extra attention-only block after the last (released D²-MAE)")
+    extra_block: bool = Field(
+        False, description="distil through an extra attention-only block after the last (released D²-MAE)"
+    )
     attention_layers: list[tuple[int, int]] = [(0, 0)]
     attention_weight: float = 1.0
     hidden_layers: list[tuple[int, int]] = []

@@ -1,0 +1,1 @@
+"""Encoders with taps, decoders, teachers, and their weights."""

@@ -14,11 +14,14 @@ from mimlet.models.parts import NORM_EPS, Block, init_mae, sincos_positions
 class Decoder(nn.Module):
     """MAE's decoder: `(latent of visible tokens, mask) -> prediction per patch`.
 
-    Tokens are kept in the order (class token, visible, hidden) and get their own position there: attention does not care about order, and so
-    nothing has to be un-shuffled. Names: `embed`, `mask_token`, `pos_embed`, `blocks`, `norm`, `pred` (officially with the prefix `decoder_`).
+    Tokens are kept in the order (class token, visible, hidden) and get their own position there: attention does not
+    care about order, and so nothing has to be un-shuffled. Names: `embed`, `mask_token`, `pos_embed`, `blocks`,
+    `norm`, `pred` (officially with the prefix `decoder_`).
     """
 
-    def __init__(self, encoder_dim: int, grid: tuple[int, int], prefix: int, out: int, dim: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, encoder_dim: int, grid: tuple[int, int], prefix: int, out: int, dim: int, depth: int, heads: int
+    ) -> None:
         super().__init__()
         self.prefix, self.dim, self.grid = prefix, dim, grid
         self.embed = Linear(encoder_dim, dim)
@@ -32,9 +35,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, mask: Mask, hidden_only: bool = False) -> Tensor:
-        """Latent [B,P+V,D] of the visible tokens in the order of `mask.ids_keep` -> predictions [B,N,out] in raster order.
+        """Latent [B,P+V,D] of the visible tokens in the order of `mask.ids_keep` -> predictions [B,N,out] in raster
+        order.
 
-        With `hidden_only`, predictions [B,N-V,out] of the hidden patches in the order of `mask.ids_hidden`; the visible ones are not computed.
+        With `hidden_only`, predictions [B,N-V,out] of the hidden patches in the order of `mask.ids_hidden`; the
+        visible ones are not computed.
         """
         visible = self.embed(latent)
         order, shown = mask.order, visible.shape[1]
@@ -45,9 +50,11 @@ class Decoder(nn.Module):
         x = torch.cat([visible, blank], dim=1) + positions
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             x = block.tail(x, shown) if hidden_only and i == last else block(x)
         if hidden_only:
-            return self.pred(self.norm(x[:, -blank.shape[1] :]))
+            predicted: Tensor = self.pred(self.norm(x[:, -blank.shape[1] :]))
+            return predicted
         assert mask.ids_restore is not None
-        prediction = self.pred(self.norm(x[:, self.prefix :]))
+        prediction: Tensor = self.pred(self.norm(x[:, self.prefix :]))
         return prediction.gather(1, mask.ids_restore[..., None].expand(-1, -1, prediction.shape[-1]))

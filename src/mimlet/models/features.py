@@ -15,11 +15,11 @@ from torch import Tensor
 class Taps:
     """The intermediate results a caller wants. What nobody asks for is not computed.
 
-    `hidden`: outputs of these blocks (0 = embedding). `normed`: the input of attention in the NEXT block, that is norm1 of block
-    i + 1 applied to the output of block i; for the last block the final norm (MAE-lite's eq. 6 and CKA use these).
-    `attention`: pre-softmax scaled logits of these blocks. `qkv`: queries, keys and values of these blocks.
-    `levels`: pyramid levels by stride (hierarchical encoders only). `tokens`: whether the final, normed tokens are wanted;
-    without them the encoder stops at the last block it needs.
+    `hidden`: outputs of these blocks (0 = embedding). `normed`: the input of attention in the NEXT block, that is
+    norm1 of block i + 1 applied to the output of block i; for the last block the final norm (MAE-lite's eq. 6 and CKA
+    use these). `attention`: pre-softmax scaled logits of these blocks. `qkv`: queries, keys and values of these
+    blocks. `levels`: pyramid levels by stride (hierarchical encoders only). `tokens`: whether the final, normed
+    tokens are wanted; without them the encoder stops at the last block it needs.
     """
 
     hidden: tuple[int, ...] = ()

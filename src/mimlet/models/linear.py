@@ -1,8 +1,9 @@
 """A linear layer that takes the faster float32 matrix product of a CPU.
 
-PyTorch's float32 products go to MKL, which uses about half of what AMD processors with AVX2 or AVX-512 can do; oneDNN, which PyTorch also carries,
-uses all of it (benchmarks/linear.py: 490 against 230 GFLOP/s). PyTorch offers that kernel only for inference, so the three products of a
-linear layer are given their gradient here. The choice depends on the processor alone, never on a measurement: a resumed run must repeat itself.
+PyTorch's float32 products go to MKL, which uses about half of what AMD processors with AVX2 or AVX-512 can do;
+oneDNN, which PyTorch also carries, uses all of it (benchmarks/linear.py: 490 against 230 GFLOP/s). PyTorch offers
+that kernel only for inference, so the three products of a linear layer are given their gradient here. The choice
+depends on the processor alone, never on a measurement: a resumed run must repeat itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 @cache
 def onednn_is_faster() -> bool:
     """Whether float32 products of this processor are better left to oneDNN: on AMD, where PyTorch has its kernel."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", "")) and not torch.version.hip
 
@@ -33,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.compiler.is_compiling()
         and onednn_is_faster()
     ):
-        out: Tensor = _OneDNNLinear.apply(x, weight, bias)
+        out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return F.linear(x, weight, bias)
 
@@ -59,7 +60,7 @@ class _OneDNNLinear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad

@@ -17,7 +17,8 @@ NORM_EPS = 1e-6
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
-    """MAE's fixed 2-D table [rows * columns, D], raster order: first half of the channels the column index, second half the row index.
+    """MAE's fixed 2-D table [rows * columns, D], raster order: first half of the channels the column index, second
+    half the row index.
 
     Each half is concat(sin(pos * w), cos(pos * w)), w_k = 10000^(-k / (D/4)). Computed in float64, as upstream.
     """
@@ -38,12 +39,16 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Literal["fused", "explicit"]:
-    """Which attention is faster here: fused, but for bf16 on a CPU, whose fused kernel is up to 7 times slower (benchmarks/attention.py)."""
+    """Which attention is faster here: fused, but for bf16 on a CPU, whose fused kernel is up to 7 times slower
+    (benchmarks/attention.py).
+    """
     return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 1024 else "fused"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v without keeping the logits. q, k, v [B,H,T,d], bias broadcastable to [B,H,T,T] -> [B,H,T,d]."""
+    """softmax(q k^T / sqrt(d) + bias) v without keeping the logits. q, k, v [B,H,T,d], bias broadcastable to
+    [B,H,T,T] -> [B,H,T,d].
+    """
     if attention_kernel(q.device, q.dtype, k.shape[-2]) == "fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return attention_logits(q, k, bias).softmax(dim=-1) @ v
@@ -51,14 +56,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     """Scaled logits q k^T / sqrt(d) (+ bias), [B,H,T,T]: what the softmax sees."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    logits: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return logits if bias is None else logits + bias
 
 
 def relative_index(rows: int, columns: int, prefix: int) -> Tensor:
-    """Index [T,T] into a table of (2 rows - 1)(2 columns - 1) + 3 offsets: (dy + rows - 1)(2 columns - 1) + dx + columns - 1, query minus key.
+    """Index [T,T] into a table of (2 rows - 1)(2 columns - 1) + 3 offsets: (dy + rows - 1)(2 columns - 1) + dx +
+    columns - 1, query minus key.
 
-    The last three entries are class -> patch, patch -> class, class -> class (BEiT's convention); they stay unused without a class token.
+    The last three entries are class -> patch, patch -> class, class -> class (BEiT's convention); they stay unused
+    without a class token.
     """
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     y, x = y.flatten(), x.flatten()
@@ -75,11 +82,14 @@ def relative_index(rows: int, columns: int, prefix: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention.
 
-    `relative` adds a learned bias per head and offset (one table per block, zero at start). Bias of the projection: "qkv" for queries, keys and
-    values; "qv" for queries and values only, as separate parameters (the BEiT family and MAE-lite's 2023 code).
+    `relative` adds a learned bias per head and offset (one table per block, zero at start). Bias of the projection:
+    "qkv" for queries, keys and values; "qv" for queries and values only, as separate parameters (the BEiT family and
+    MAE-lite's 2023 code).
     """
 
-    def __init__(self, dim: int, heads: int, bias: Literal["qkv", "qv"] = "qkv", relative: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, dim: int, heads: int, bias: Literal["qkv", "qv"] = "qkv", relative: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
@@ -94,7 +104,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
         """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]."""
         dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight: Tensor = self.qkv.weight
+        bias: Tensor = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if parts < 3:
@@ -111,7 +122,8 @@ class Attention(nn.Module):
 
     def output(self, heads: Tensor) -> Tensor:
         """Joins heads [B,H,T,d] and projects: [B,T,D]."""
-        return self.proj(heads.transpose(1, 2).flatten(2))
+        joined: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
+        return joined
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """Normed tokens [B,T,D] -> [B,T,D], nothing tapped."""
@@ -129,11 +141,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch per image and scales the kept ones by 1 / (1 - rate)."""
+    """Stochastic depth (Huang et al. 2016): in training, drops a residual branch per image and scales the kept ones
+    by 1 / (1 - rate).
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -164,22 +179,26 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, heads, bias, relative)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
     def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual of the attention branch, [B,T,D]."""
-        return x + self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        branch: Tensor = self.drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        return x + branch
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """Residual of the MLP branch, [B,T,D]."""
         y = self.mlp(self.norm2(x))
-        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+        branch: Tensor = self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+        return x + branch
 
     def tail(self, x: Tensor, start: int) -> Tensor:
-        """The outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D]: all tokens are keys and values, the others ask nothing."""
+        """The outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D]: all tokens are keys and values, the
+        others ask nothing.
+        """
         attn, width = self.attn, x.shape[-1]
         y = self.norm1(x)
         weight, bias = attn.qkv.weight, attn.qkv.bias
@@ -194,7 +213,9 @@ class Block(nn.Module):
 
 
 def init_mae(module: nn.Module) -> None:
-    """MAE's initialisation of one module: Linear xavier-uniform (qkv as one matrix) with zero bias, LayerNorm 1 and 0. For `Module.apply`."""
+    """MAE's initialisation of one module: Linear xavier-uniform (qkv as one matrix) with zero bias, LayerNorm 1 and
+    0. For `Module.apply`.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

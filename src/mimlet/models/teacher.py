@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError, WeightsError
-from mimlet.hardware import computes_in_bf16
+from mimlet.hardware import Accelerator, choose_accelerator, computes_in_bf16
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.vit import ViT, ViTShape
@@ -65,10 +65,6 @@ class Teacher(nn.Module):
                     module.to(torch.bfloat16)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Teacher:
-        """A teacher stays in eval mode."""
-        return super().train(False)
-
     def forward(self, images: Tensor, mask: Mask | None = None, taps: Taps | None = None) -> Features:
         """Like the encoder's, without gradient."""
         if self.renormalise:
@@ -85,11 +81,13 @@ def load_teacher(
     decoder: bool = False,
     mean: Channels = IMAGENET_MEAN,
     std: Channels = IMAGENET_STD,
+    accelerator: Literal["auto"] | Accelerator = "auto",
 ) -> Teacher:
     """The teacher that settings name, checked against the student it will teach.
 
-    `mean`, `std`: how the student's images are normalised. Raises `WeightsError` when the file does not fit, when its
-    grid of patches or its class token differ from the student's, or when a decoder is needed and absent.
+    `mean`, `std`: how the student's images are normalised. `accelerator`: where it will run (`speed.accelerator`).
+    Raises `WeightsError` when the file does not fit, when its grid of patches or its class token differ from the
+    student's, or when a decoder is needed and absent.
     """
     assert settings.path is not None
     checkpoint = open_checkpoint(settings.path)
@@ -110,11 +108,11 @@ def load_teacher(
         )
     encoder = ViT(shape)
     report = fill_encoder(encoder, checkpoint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    native = computes_in_bf16(choose_accelerator(accelerator))
     teacher = Teacher(
         encoder,
         load_decoder(checkpoint, encoder) if decoder else None,
-        bf16=settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16(device)),
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and native),
         own=(checkpoint.mean, checkpoint.std),
         students=(mean, std),
     )

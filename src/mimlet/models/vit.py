@@ -59,7 +59,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """[B,3,h,w] -> [B,N,D] in raster order; with `ids` [B,V] only those patches are read and embedded, [B,V,D]."""
         if ids is None:
-            return self.proj(images).flatten(2).transpose(1, 2)
+            tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+            return tokens
         B, _, height, width = images.shape
         p, columns = self.patch, width // self.patch
         tiles = images.view(B, 3, height // p, p, columns, p).permute(0, 2, 4, 1, 3, 5)
@@ -71,8 +72,9 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Plain ViT encoder: `(images, mask, fill, taps) -> Features`.
 
-    With a mask and no `fill`, hidden patches are dropped before embedding (MAE); with `fill` [1,1,D], their embeddings are
-    replaced by it (SimMIM, BEiT). Inputs of another size work: positions are interpolated (not the relative ones).
+    With a mask and no `fill`, hidden patches are dropped before embedding (MAE); with `fill` [1,1,D], their
+    embeddings are replaced by it (SimMIM, BEiT). Inputs of another size work: positions are interpolated (not the
+    relative ones).
     """
 
     def __init__(self, shape: ViTShape, drop_path: float = 0.0) -> None:
@@ -153,14 +155,20 @@ class ViT(nn.Module):
             )
         return resize_positions(self.pos_embed, self.grid, grid, self.prefix)
 
-    def embed(self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def embed(
+        self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Tokens [B,T,D] that enter block 1, and the grid of the whole image."""
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
-            raise ConfigError(f"image of {height} x {width} px is not divisible by the patch of {self.patch} px; resize or pad it")
+            raise ConfigError(
+                f"image of {height} x {width} px is not divisible by the patch of {self.patch} px; resize or pad it"
+            )
         grid = (height // self.patch, width // self.patch)
         if mask is not None and mask.hidden.shape[1] != grid[0] * grid[1]:
-            raise ConfigError(f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree")
+            raise ConfigError(
+                f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree"
+            )
         table = self.positions(grid)
         patch_table = table[:, self.prefix :]
         if mask is not None and fill is None:
@@ -183,14 +191,22 @@ class ViT(nn.Module):
         ids = F.pad(mask.ids_keep + self.prefix, (self.prefix, 0))
         return index[ids[:, :, None], ids[:, None, :]]
 
-    def forward(self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None, taps: Taps | None = None) -> Features:
-        """Encodes normalised images [B,3,h,w] and returns what `taps` asks for; runs no block and no part of a block beyond that."""
+    def forward(
+        self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None, taps: Taps | None = None
+    ) -> Features:
+        """Encodes normalised images [B,3,h,w] and returns what `taps` asks for; runs no block and no part of a block
+        beyond that.
+        """
         taps = taps or Taps()
         self._check(taps)
         x, grid = self.embed(images, mask, fill)
         index = self._bias_index(mask, fill)
         out = Features(self.prefix, grid)
-        whole = self.depth if taps.tokens else max([*taps.hidden, *taps.normed, *(i - 1 for i in (*taps.attention, *taps.qkv)), 0])
+        whole = (
+            self.depth
+            if taps.tokens
+            else max([*taps.hidden, *taps.normed, *(i - 1 for i in (*taps.attention, *taps.qkv)), 0])
+        )
         if 0 in taps.hidden:
             out.hidden[0] = x
         for number, block in enumerate(self.blocks, 1):
@@ -232,14 +248,22 @@ class ViT(nn.Module):
             if wrong:
                 raise ConfigError(f"no {kind} of block {wrong[0]}: this encoder has blocks {first} to {self.depth}")
         if taps.levels:
-            raise ConfigError("a plain ViT has no pyramid levels; ask for hidden=(...) and resize, or use a hierarchical encoder")
+            raise ConfigError(
+                "a plain ViT has no pyramid levels; ask for hidden=(...) and resize, or use a hierarchical encoder"
+            )
 
 
 def shape_of(settings: EncoderSettings) -> ViTShape:
     """The architecture that settings describe."""
-    numbers = settings.resolved()
-    same = ("image_size", "mlp_ratio", "class_token", "position", "relative", "layer_scale")
-    return ViTShape(**numbers, **{key: getattr(settings, key) for key in same})
+    return ViTShape(
+        image_size=settings.image_size,
+        mlp_ratio=settings.mlp_ratio,
+        class_token=settings.class_token,
+        position=settings.position,
+        relative=settings.relative,
+        layer_scale=settings.layer_scale,
+        **settings.resolved(),
+    )
 
 
 def build_encoder(settings: EncoderSettings) -> ViT:

@@ -49,6 +49,7 @@ WRAPPERS = ("model.", "base_encoder.", "encoder.")
 HEADS_BY_WIDTH = {192: (3, 12), 384: (6, 12), 768: (12,), 1024: (16,), 1280: (16,)}
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
 HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.", "pre_logits.", "attn_pool.")
+OF_DECODER, OF_HEAD = "of the decoder", "of the head"
 FOREIGN_PARTS = ("dist_token", "reg_token", "register_tokens", "norm_pre.", "rel_pos_bias.")
 FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias")
 PLAIN_NAME = re.compile(
@@ -116,6 +117,9 @@ class LoadReport:
             for name, reason in items.items():
                 by_reason.setdefault(reason, []).append(name)
             for reason, names in by_reason.items():
+                if reason in (OF_DECODER, OF_HEAD):
+                    lines.append(f"  {len(names)} tensors {reason} not used")
+                    continue
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                 lines.append(f"  {title}: {shown} ({reason})")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
@@ -228,8 +232,7 @@ def load_encoder_weights(encoder: ViT, source: str | Path, keep_blocks: int | No
 def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None = None) -> LoadReport:
     """See `load_encoder_weights`."""
     report = LoadReport(checkpoint.source, skipped=dict(checkpoint.ignored))
-    for name in (*checkpoint.decoder, *checkpoint.head):
-        report.skipped[name] = "not part of the encoder"
+    report.skipped.update(dict.fromkeys(checkpoint.decoder, OF_DECODER) | dict.fromkeys(checkpoint.head, OF_HEAD))
     if keep_blocks == 0:
         report.notes.append("keep_blocks 0: nothing loaded")
         return report

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a plain ViT. `timm` is the name of the timm model it corresponds to, given the other numbers as arguments."""
+    """Shape of a plain ViT. `timm` is the name of the timm model it corresponds to, given the other numbers as
+    arguments.
+    """
 
     dim: int
     depth: int
@@ -27,4 +29,6 @@ SIZES: dict[str, Size] = {
     "vit_base": Size(768, 12, 12, timm="vit_base_patch16_224"),
     "vit_large": Size(1024, 24, 16, timm="vit_large_patch16_224"),
 }
-"""`vit_tiny` has the 12 heads of MAE-lite, `deit_tiny` the 3 of DeiT and timm; nano, micro and mini are for images of 32 to 64 px."""
+"""`vit_tiny` has the 12 heads of MAE-lite, `deit_tiny` the 3 of DeiT and timm; nano, micro and mini are for images of
+32 to 64 px.
+"""

@@ -1,4 +1,6 @@
-"""Distances between attention maps and between features of two networks (Exploring Strong Lightweight ViTs via MIM Pre-Training)."""
+"""Distances between attention maps and between features of two networks (Exploring Strong Lightweight ViTs via MIM
+Pre-Training).
+"""
 
 from __future__ import annotations
 
@@ -17,5 +19,7 @@ def logit_distance(student: Tensor, teacher: Tensor, mapping: Tensor) -> Tensor:
 
 
 def feature_distance(student: Tensor, teacher: Tensor, mapping: Tensor) -> Tensor:
-    """Representation distillation (eq. 6): mean squared error after a linear map. student [B,T,Ds], teacher [B,T,Dt], mapping [Dt,Ds]."""
+    """Representation distillation (eq. 6): mean squared error after a linear map. student [B,T,Ds], teacher [B,T,Dt],
+    mapping [Dt,Ds].
+    """
     return F.mse_loss(F.linear(student, mapping).float(), teacher.float())

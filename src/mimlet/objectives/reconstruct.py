@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def patchify(images: Tensor, patch: int, ids: Tensor | None = None) -> Tensor:
-    """[B,3,h,w] -> [B,N,p*p*3] in raster order, inside a patch (row, column, channel). With `ids` [B,M] only those patches."""
+    """[B,3,h,w] -> [B,N,p*p*3] in raster order, inside a patch (row, column, channel). With `ids` [B,M] only those
+    patches.
+    """
     B, C, height, width = images.shape
     tiles = images.view(B, C, height // patch, patch, width // patch, patch).permute(0, 2, 4, 3, 5, 1)
     patches = tiles.flatten(3).flatten(1, 2)
@@ -32,13 +34,15 @@ def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 def normalise_patches(patches: Tensor) -> Tensor:
     """Each patch minus its mean, over its standard deviation; unbiased variance, 1e-6 inside the root."""
     n = patches.shape[-1]
-    # layer_norm divides by the biased deviation; the factor and the scaled epsilon make it the unbiased one, in a single pass.
+    # layer_norm divides by the biased deviation; the factor and the scaled epsilon make it the unbiased one.
     factor = (n - 1) / n
     return F.layer_norm(patches, (n,), weight=patches.new_full((n,), factor**0.5), eps=1e-6 * factor)
 
 
 def denormalise_patches(prediction: Tensor, patches: Tensor) -> Tensor:
-    """Brings a prediction of normalised patches back to pixels with the mean and deviation of the true patches (for pictures only)."""
+    """Brings a prediction of normalised patches back to pixels with the mean and deviation of the true patches (for
+    pictures only).
+    """
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return prediction * (variance + 1e-6).sqrt() + mean
 

@@ -27,7 +27,9 @@ from mimlet.models.weights import ENCODER_FILE
 from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, swatch
 from mimlet.run import Line, Run, read_run
 
-CIRCUMSTANCES = frozenset({"step", "epoch", "kind", "time", "lr", "images_per_second", "data_wait", "memory_mb"})
+CIRCUMSTANCES = frozenset(
+    {"step", "epoch", "kind", "time", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mb"}
+)
 """What is in records beside losses, other values that a method logs, and results of evaluations."""
 BETTER_HIGH = re.compile(r"top|acc|%", re.IGNORECASE)
 BETTER_LOW = re.compile(r"loss|error", re.IGNORECASE)

@@ -79,10 +79,6 @@ class Checkpoints:
 def write_checked(path: Path, state: State) -> None:
     """Writes a state and its digest, each atomically. `RunError` when the disk refuses."""
     data = to_bytes(state)
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {path.parent}: {error.strerror or error}") from None
     write_atomic(_digest_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
     write_atomic(path, data)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mimlet.config import SpeedSettings
 from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError
-from mimlet.hardware import computes_in_bf16
+from mimlet.hardware import choose_accelerator, computes_in_bf16
 from mimlet.methods.base import Clock, Method
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -30,7 +30,7 @@ def make_fabric(speed: SpeedSettings) -> Fabric:
     said).
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    device_type = speed.accelerator if speed.accelerator != "auto" else _best_accelerator()
+    device_type = choose_accelerator(speed.accelerator)
     devices, nodes = _launched_by_others() or (speed.devices or 1, speed.nodes)
     fabric = Fabric(
         accelerator=device_type,
@@ -128,12 +128,6 @@ def _leave() -> None:
     if torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
-
-
-def _best_accelerator() -> Literal["cuda", "mps", "cpu"]:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _launched_by_others() -> tuple[int, int] | None:

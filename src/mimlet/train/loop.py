@@ -210,7 +210,7 @@ class _Loop:
 
     def train(self, stream: Iterator[Batch]) -> FitResult:
         """The remaining steps."""
-        self._set_modes()
+        self.method.train()
         if self.plan.evaluates(self.step) and all(step != self.step for step, _ in self.evaluations):
             self._judge()
         if self.step < self.plan.total:
@@ -316,7 +316,7 @@ class _Loop:
         self.method.eval()
         with self._pause(), torch.no_grad():
             values = self.evaluate(self.method)
-            self._set_modes()
+            self.method.train()
             best = all(_score(values) > _score(earlier) for _, earlier in self.evaluations)
             self.evaluations.append((self.step, values))
             self._record("eval", values)
@@ -452,11 +452,6 @@ class _Loop:
     def _weighted_only(self, values: Mapping[str, float]) -> dict[str, float]:
         """What is minimised, without what is only watched."""
         return {name: value for name, value in values.items() if name in (*self.method.weights, "total")}
-
-    def _set_modes(self) -> None:
-        self.method.train()
-        for part in _parts(self.method, self.method.frozen):
-            part.eval()
 
     def _clock(self) -> Clock:
         return Clock(self.step, self.plan.total, self.plan.per_epoch, self.config.seed)
