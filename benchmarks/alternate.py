@@ -9,13 +9,14 @@ import resource
 import statistics
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 
 @dataclass(frozen=True)
 class Job:
-    """A contender (a name in `contenders.CONTENDERS`) at a precision."""
+    """A contender, `file:function` of this folder, at a precision."""
 
     label: str
     contender: str
@@ -38,11 +39,10 @@ class Measured:
 def serve(pipe: Connection, job: Job, batch: int, threads: int) -> None:
     import torch
 
-    from benchmarks.contenders import CONTENDERS
-
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    step = CONTENDERS[job.contender](batch, job.bf16)
+    module, _, name = job.contender.partition(":")
+    step = getattr(import_module(f"benchmarks.{module}"), name)(batch, job.bf16)
     loss = step()
     pipe.send(loss)
     while pipe.recv():

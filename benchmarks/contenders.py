@@ -8,7 +8,6 @@ backward, optimiser) on random images and returns the loss. ViT-Tiny/16 with 12 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +34,6 @@ def trainer(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool, fused: 
         return loss.item()
 
     return step
-
-
-def mimlet_mae(batch: int, bf16: bool) -> Step:
-    from mimlet.data.batch import Batch
-    from mimlet.data.masks import Mask
-    from mimlet.methods.base import Clock
-    from mimlet.methods.mae import MAE, build_decoder
-    from mimlet.methods.settings import DecoderSettings
-    from mimlet.models.vit import ViT, ViTShape
-
-    encoder = ViT(ViTShape())
-    method = MAE(encoder, build_decoder(encoder, DecoderSettings()))
-    pixels, clock = images(batch), Clock(0, 1, 1, 0)
-
-    def loss() -> Tensor:
-        mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
-        return losses["reconstruction"]
-
-    return trainer(method, loss, bf16, fused=True)
 
 
 def transformers_mae(batch: int, bf16: bool) -> Step:
@@ -118,7 +97,8 @@ class PlainBlock(nn.Module):
         self.logits = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5
         heads = self.logits.softmax(-1) @ v
         x = x + self.proj(heads.transpose(1, 2).reshape(B, T, D))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        branch: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + branch
 
 
 class PlainViT(nn.Module):
@@ -187,32 +167,3 @@ class PlainD2MAE(nn.Module):
 def plain_d2mae(batch: int, bf16: bool) -> Step:
     model, pixels = PlainD2MAE(), images(batch)
     return trainer(model, lambda: model(pixels), bf16, fused=False)
-
-
-def mimlet_d2mae(batch: int, bf16: bool) -> Step:
-    from mimlet.data.batch import Batch
-    from mimlet.data.masks import Mask
-    from mimlet.methods.base import Clock
-    from mimlet.methods.dmae import DMAE
-    from mimlet.methods.mae import build_decoder
-    from mimlet.methods.settings import DecoderSettings
-    from mimlet.models.teacher import Teacher
-    from mimlet.models.vit import ViT, ViTShape
-
-    encoder = ViT(ViTShape())
-    teacher = Teacher(ViT(ViTShape(dim=768, depth=12, heads=12)), bf16=bf16)
-    decoder = build_decoder(encoder, DecoderSettings())
-    method = DMAE(encoder, decoder, teacher, attention=[(13, 12)], decode_layer=8, extra_block=True)
-    pixels, clock = images(batch), Clock(0, 1, 1, 0)
-
-    def loss() -> Tensor:
-        mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
-        return losses["reconstruction"] + losses["attention"]
-
-    return trainer(method, loss, bf16, fused=True)
-
-
-CONTENDERS: dict[str, Any] = {
-    f.__name__: f for f in (mimlet_mae, transformers_mae, lightly_mae, mimlet_d2mae, plain_d2mae)
-}

@@ -12,14 +12,14 @@ import argparse
 from benchmarks.alternate import Job, measure
 
 MAE = [
-    Job(f"{name} {kind}", f"{name}_mae", kind == "bf16")
+    Job(f"{name} {kind}", f"{'ours' if name == 'mimlet' else 'contenders'}:{name}_mae", kind == "bf16")
     for kind in ("fp32", "bf16")
     for name in ("mimlet", "transformers", "lightly")
 ]
 D2MAE = [
-    Job("plain fp32", "plain_d2mae", False),
-    Job("mimlet fp32, fp32 teacher", "mimlet_d2mae", False),
-    Job("mimlet bf16, bf16 teacher (default)", "mimlet_d2mae", True),
+    Job("plain fp32", "contenders:plain_d2mae", False),
+    Job("mimlet fp32, fp32 teacher", "ours:mimlet_d2mae", False),
+    Job("mimlet bf16, bf16 teacher (default)", "ours:mimlet_d2mae", True),
 ]
 
 
@@ -42,9 +42,7 @@ def report(title: str, jobs: list[Job], batch: int, rounds: int) -> None:
     for job in jobs:
         result = results[job.label]
         own = [
-            other
-            for other in jobs
-            if other.contender.startswith("mimlet") and (other.bf16 == job.bf16 or len(jobs) == 3)
+            other for other in jobs if other.contender.startswith("ours") and (other.bf16 == job.bf16 or len(jobs) == 3)
         ]
         ratios = ", ".join(
             f"{result.median / results[other.label].median:.2f} ({other.label})" for other in own if other is not job
