@@ -273,7 +273,10 @@ def demo(
     data: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Your images. Default: scanned digits that come with it.")
     ] = None,
-    out: Annotated[str, typer.Option(metavar="FOLDER", help="Where runs and report go.")] = "runs/demo",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Where runs and report go. Default: runs/demo, or the next free."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Another seed is another demo.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only check that everything runs.")] = False,
 ) -> None:

@@ -367,9 +367,12 @@ def load_classifier(
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, object]) -> None:
-    """Writes a safetensors file atomically, with `info` (architecture, head count, normalisation) inside."""
+    """Writes a safetensors file atomically, with `info` (architecture, head count, normalisation) inside.
+
+    Equal weights and info give equal bytes. safetensors shuffles its metadata, so there is one entry only.
+    """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomic(path, save(plain, metadata={"mimlet": json.dumps(info), "format": "pt"}))
+    write_atomic(path, save(plain, metadata={"mimlet": json.dumps(info)}))
 
 
 def encoder_state(encoder: ViT) -> dict[str, Tensor]:
