@@ -53,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {
                 "method": {"name": "mae"},
                 "schedule": {"epochs": 3},
-                "data": {"path": ["photos"], "eval": ["photos"]},
+                "data": {"path": ["photos"]},
                 "run": {"out": "runs/tiny"},
             }
         ).model_dump_json()
@@ -165,7 +165,7 @@ def test_what_a_user_can_cause(
 def test_options_become_settings(place: Path, api: Recorder) -> None:
     (place / "more").mkdir()
     arguments = (
-        "pretrain --recipe dmae_tiny --data photos --data more --eval photos --teacher teacher.pth --teacher-heads 12 "
+        "pretrain --recipe dmae_tiny --data photos --data more --teacher teacher.pth --teacher-heads 12 "
         "--encoder teacher.pth --keep-blocks 3 --out runs/x --epochs 40 --batch 512 --lr 1e-3 --seed 7 --workers 0 "
         "--devices 1 --precision 32 --subset 10% optim.clip=3.0 method.attention_weight=0.5"
     )
@@ -174,7 +174,6 @@ def test_options_become_settings(place: Path, api: Recorder) -> None:
     assert name == "train"
     assert keywords == {"resume": False, "allow_changes": False, "command": f"mimlet {arguments}"}
     assert config.data.path == ["photos", "more"]
-    assert config.data.eval == ["photos"]
     assert config.data.subset == "10%"
     assert (config.teacher.path, config.teacher.heads) == ("teacher.pth", 12)
     assert (config.encoder.weights, config.encoder.keep_blocks) == ("teacher.pth", 3)
@@ -204,7 +203,7 @@ def test_resume_takes_the_settings_of_the_run(place: Path, api: Recorder) -> Non
     assert main(["pretrain", "--resume", "--out", "runs/tiny", "--lr", "1.0", "--allow-changes"]) == 0
     ((_, (config,), keywords),) = api.calls
     assert (config.schedule.epochs, config.optim.lr, config.run.out) == (3, 1.0, "runs/tiny")
-    assert config.data.path == config.data.eval == ["photos"]
+    assert config.data.path == ["photos"]
     assert (keywords["resume"], keywords["allow_changes"]) == (True, True)
 
 

@@ -278,7 +278,7 @@ def test_inputs_are_looked_for_before_anything_heavy(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
 
     def config(path: list[str], **more: Any) -> Config:
-        return validate(minimal(data={"path": path, **more}))
+        return validate(minimal(method={"name": "classify"}, data={"path": path, **more}))
 
     check_inputs(config([str(tmp_path / "photos"), "torchvision:CIFAR10:anywhere"], subset="10%"))
     check_inputs(config([str(tmp_path / "photos")], subset="2.5%"))
@@ -296,3 +296,8 @@ def test_header_of_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text("# source:   A paper,\n#           Table 1: all\n# cost:     1 h\ntitle = 'x'\n# late: no\n")
     assert recipe_header(path) == {"source": "A paper, Table 1: all", "cost": "1 h"}
+
+
+def test_methods_without_labels_are_not_judged_in_training() -> None:
+    with pytest.raises(ConfigError, match="data.eval: method 'mae' learns without labels"):
+        validate(minimal(data={"path": ["photos"], "eval": ["photos"]}))

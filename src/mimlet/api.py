@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from mimlet.atomic import write_atomic
-from mimlet.config import Config, load_config, merge, nest, read_recipe, sweep_points
+from mimlet.config import OPTIONS, Config, load_config, merge, nest, read_recipe, set_length, sweep_points
 from mimlet.data.augment import evaluation_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
@@ -32,9 +32,10 @@ from mimlet.errors import ConfigError, DataError, RunError, WeightsError
 from mimlet.export.timm import DESCRIPTION_FILE, export_classifier, export_encoder, snippet
 from mimlet.methods.base import Method, Task
 from mimlet.methods.settings import METHODS
+from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT
-from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, Classifier, load
+from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, load
 from mimlet.report import Picture, reconstruction_grid, write_report
 from mimlet.run import RunFolder, read_run
 from mimlet.tasks.classify import Classify
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 __all__ = ["demo", "evaluate", "export", "finetune", "pretrain", "probe", "report", "sweep", "train"]
+
+Paths = str | Path | Sequence[str | Path]
+"""Where images are: one path or several."""
 
 SHOWN = 8
 """Training images whose reconstruction a run shows."""
@@ -143,8 +147,9 @@ def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
 def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
     """Trains a classifier.
 
-    Options: `data`, `eval` (a path or several), `teacher`, `encoder` (weights to start from), `out`, `resume`,
-    `allow_changes`, and any setting with its dots as double underscores: `schedule__epochs=100`.
+    Options are those of the command line, such as `data` and `eval` (a path or several), `teacher`, `encoder` (weights
+    to start from), `epochs`, `batch`, `out`, `resume`, `allow_changes`; and any setting with its dots as double
+    underscores: `optim__clip=1.0`.
     """
     return _train_recipe(recipe, labels=True, **options)
 
@@ -176,8 +181,8 @@ def sweep(config: Config, *, command: str = "") -> list[dict[str, object]]:
 def probe(
     run: str | Path,
     *,
-    data: Sequence[str],
-    eval: Sequence[str],
+    data: Paths,
+    eval: Paths,
     kind: Literal["quick", "linear", "knn"] = "quick",
     out: str | None = None,
     overrides: Sequence[str] = (),
@@ -188,6 +193,7 @@ def probe(
     the loop into `out` (default: `probe_linear` in the run).
     """
     settings = read_run(run).config
+    data, eval = _paths(data), _paths(eval)
     if kind == "linear":
         return _linear_probe(Path(run), settings, data, eval, out, overrides)
     if overrides:
@@ -215,7 +221,7 @@ def probe(
     return result
 
 
-def evaluate(run: str | Path, *, data: Sequence[str] = (), out: str | None = None) -> dict[str, float]:
+def evaluate(run: str | Path, *, data: Paths = (), out: str | None = None) -> dict[str, float]:
     """Judges a classifier: prints top-1 and top-5, writes results per class and a confusion picture."""
     model = load(run)
     if not isinstance(model, Classifier):
@@ -224,7 +230,7 @@ def evaluate(run: str | Path, *, data: Sequence[str] = (), out: str | None = Non
             "or use mimlet probe"
         )
     config = read_run(run).config
-    paths = list(data) or config.data.eval
+    paths = _paths(data) or config.data.eval
     if not paths:
         raise DataError("no images to judge on: give --data (one folder per class)")
     classes = list(model.names)
@@ -314,21 +320,19 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
         raise ConfigError(
             f"recipe '{recipe}' has the method {name}; use mimlet.{'pretrain' if labels else 'finetune'} for it"
         )
-    short = {
-        "data": "data.path",
-        "eval": "data.eval",
-        "teacher": "teacher.path",
-        "encoder": "encoder.weights",
-        "out": "run.out",
-    }
     resume, allow_changes = bool(options.pop("resume", False)), bool(options.pop("allow_changes", False))
-    merge(values, nest("run.out", f"runs/{Path(recipe).stem}"))
+    set_length(values, cast(float | None, options.pop("epochs", None)), cast(int | None, options.pop("steps", None)))
+    merge(values, nest("run.out", str(options.pop("out", f"runs/{Path(recipe).stem}"))))
     for option, value in options.items():
-        dotted = short.get(option, option.replace("__", "."))
-        if dotted in ("data.path", "data.eval") and not isinstance(value, list | tuple):
-            value = [str(value)]
+        dotted = OPTIONS.get(option, option.replace("__", "."))
+        if dotted in ("data.path", "data.eval"):
+            value = _paths(cast(Paths, value))
         merge(values, nest(dotted, str(value) if isinstance(value, Path) else value))
     return train(load_config(values), resume=resume, allow_changes=allow_changes)
+
+
+def _paths(given: Paths) -> list[str]:
+    return [str(path) for path in ([given] if isinstance(given, str | Path) else given)]
 
 
 def _judge(

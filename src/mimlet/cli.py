@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mimlet.config import (
+    OPTIONS,
     Config,
     check_inputs,
     load_config,
@@ -35,22 +36,6 @@ from mimlet.methods.settings import METHODS
 
 ERROR_LINES = 5
 DEFAULT_RECIPES = {"pretrain": "mae_tiny", "finetune": "classify_tiny"}
-SETTINGS = {
-    "data": "data.path",
-    "eval": "data.eval",
-    "subset": "data.subset",
-    "teacher": "teacher.path",
-    "teacher_heads": "teacher.heads",
-    "encoder": "encoder.weights",
-    "keep_blocks": "encoder.keep_blocks",
-    "batch": "schedule.batch",
-    "lr": "optim.lr",
-    "seed": "seed",
-    "workers": "speed.workers",
-    "devices": "speed.devices",
-    "precision": "speed.precision",
-}
-"""Options of pretrain and finetune -> the settings they stand for."""
 
 app = typer.Typer(
     help="Turn a folder of images, and maybe a big teacher, into a small strong vision transformer.",
@@ -132,7 +117,6 @@ def pretrain(
     overrides: Overrides = None,
     recipe: Recipe = None,
     data: Data = None,
-    eval: Eval = None,
     teacher: TeacherPath = None,
     teacher_heads: TeacherHeads = None,
     encoder: EncoderPath = None,
@@ -331,8 +315,8 @@ def _configure(verb: str, options: Mapping[str, Any]) -> Config:
     if options["smoke"]:
         values = smoke(values)
     set_length(values, options["epochs"], options["steps"])
-    for option, key in SETTINGS.items():
-        if options[option] not in (None, [], ()):
+    for option, key in OPTIONS.items():
+        if options.get(option) not in (None, [], ()):
             merge_settings(values, nest(key, options[option]))
     run_settings = values.setdefault("run", {})
     run_settings["out"] = out or run_settings.get("out") or f"runs/{Path(recipe).stem}"

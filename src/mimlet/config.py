@@ -31,6 +31,23 @@ RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+OPTIONS = {
+    "data": "data.path",
+    "eval": "data.eval",
+    "subset": "data.subset",
+    "teacher": "teacher.path",
+    "teacher_heads": "teacher.heads",
+    "encoder": "encoder.weights",
+    "keep_blocks": "encoder.keep_blocks",
+    "batch": "schedule.batch",
+    "lr": "optim.lr",
+    "seed": "seed",
+    "workers": "speed.workers",
+    "devices": "speed.devices",
+    "precision": "speed.precision",
+}
+"""Options of pretrain and finetune -> the settings they stand for."""
+
 AsText = BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
 """`precision=32` is a number to TOML, and no mistake."""
 
@@ -229,6 +246,11 @@ class Config(Section):
             problems.append(
                 f"teacher.path: method '{method.name}' needs a teacher{' for method.distill' if distils else ''}; "
                 "give --teacher (a run folder, a checkpoint file, or timm:NAME)"
+            )
+        if self.data.eval and not METHODS[method.name].labels:
+            problems.append(
+                f"data.eval: method '{method.name}' learns without labels and is not judged in training; "
+                "use `mimlet probe` afterwards"
             )
         if isinstance(method, LinearProbeSettings) and not self.encoder.weights:
             problems.append(

@@ -14,11 +14,12 @@ from mimlet.data.seeding import seeded
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock
 from mimlet.methods.settings import ClassifySettings
+from mimlet.models.classifier import ClassifierHead
 from mimlet.models.parts import relative_index
 from mimlet.models.vit import ViT, ViTShape
 from mimlet.models.weights import encoder_state, save_weights
 from mimlet.objectives.kd import hard_distillation, soft_distillation
-from mimlet.tasks.classify import ClassifierHead, Classify
+from mimlet.tasks.classify import Classify
 from tests.shared import golden
 
 CLOCK = Clock(0, 10, 10, 0)

@@ -20,7 +20,9 @@ from torchvision.transforms.v2 import functional as F
 
 from mimlet.config import AugmentSettings
 from mimlet.errors import ConfigError
-from mimlet.methods.base import Transform
+
+Transform = Callable[[Image.Image], dict[str, Tensor]]
+"""One decoded RGB image -> its named uint8 views. It may use the global random generators: the data set seeds them."""
 
 _MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 _LONGEST = 4

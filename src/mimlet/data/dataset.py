@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from mimlet.data.augment import Transform
 from mimlet.data.batch import Batch
 from mimlet.data.decode import UnreadableImage, decode
 from mimlet.data.masks import MaskSampler
 from mimlet.data.seeding import key, seeded
 from mimlet.data.source import Source
 from mimlet.errors import DataError
-from mimlet.methods.base import Transform
 
 ATTEMPTS = 100
 """So many unreadable images one after the other stop the run."""

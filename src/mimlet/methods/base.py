@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -14,14 +13,8 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mimlet.config import AugmentSettings, Config
-
-Transform = Callable[["Image"], dict[str, Tensor]]
-"""One decoded RGB image -> its named uint8 views. It may use the global random generators: the data set seeds them
-per sample.
-"""
+    from mimlet.data.augment import Transform
 
 
 @dataclass(frozen=True)

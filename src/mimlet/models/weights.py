@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,13 +31,11 @@ from torch import Tensor, nn
 from mimlet.atomic import write_atomic
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
 from mimlet.errors import WeightsError
+from mimlet.models.classifier import Classifier, ClassifierHead
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
 from mimlet.models.parts import Block, resize_positions
 from mimlet.models.vit import ViT, ViTShape
-
-if TYPE_CHECKING:
-    from mimlet.tasks.classify import ClassifierHead
 
 Channels = tuple[float, float, float]
 Normalisation = tuple[Channels, Channels]
@@ -292,22 +290,6 @@ def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0) -> Decode
     return decoder
 
 
-class Classifier(nn.Module):
-    """A fine-tuned model ready for use: normalised images [B,3,h,w] -> scores [B,K].
-
-    `names`: of the K classes, empty where the file does not tell.
-    """
-
-    def __init__(self, encoder: ViT, head: ClassifierHead, names: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.encoder, self.head, self.names = encoder, head, names
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores before the softmax; the mean of both heads for a model with label distillation."""
-        features = self.encoder(images, taps=self.head.taps(self.encoder.depth))
-        return torch.stack(self.head(features)).mean(dim=0)
-
-
 class Renormalised(nn.Module):
     """A model whose input arrives with another mean and deviation per channel than its own."""
 
@@ -445,8 +427,6 @@ def _create_timm(name: str) -> nn.Module:
 
 
 def _classifier(checkpoint: Checkpoint, heads: int) -> Classifier:
-    from mimlet.tasks.classify import ClassifierHead
-
     state = checkpoint.head
     if "head.weight" not in state:
         raise WeightsError(f"{checkpoint.source} has no classification head; give a fine-tuned model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,55 +15,14 @@ from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock, Task
 from mimlet.methods.settings import ClassifySettings
-from mimlet.models.features import Features, Taps
-from mimlet.models.parts import NORM_EPS
+from mimlet.models.classifier import Classifier, ClassifierHead
 from mimlet.models.vit import ViT, build_encoder
-from mimlet.models.weights import Classifier, LoadReport, encoder_state, load_classifier, load_encoder_weights
+from mimlet.models.weights import LoadReport, encoder_state, load_classifier, load_encoder_weights
 from mimlet.objectives.kd import hard_distillation, soft_distillation
 from mimlet.tasks.metrics import evaluating
 
 if TYPE_CHECKING:
     from mimlet.config import Config
-
-
-class ClassifierHead(nn.Module):
-    """Features -> logits. Parameter names as in timm and MAE-lite: `fc_norm`, `head`, `dist_norm`, `head_dist`.
-
-    Pool "mean": the mean of the last block's patch tokens, which skip the encoder's final norm and get a norm of their
-    own. Pool "class": the class token after the encoder's final norm. `distilled` adds a classifier on the class token
-    that answers to the teacher; it needs pool "mean". `scale` multiplies the initial weights.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        classes: int,
-        pool: Literal["mean", "class"] = "mean",
-        distilled: bool = False,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__()
-        if distilled and pool == "class":
-            raise ConfigError("method.distill trains the class token on the teacher's labels; set method.pool=mean")
-        self.needs_class_token = distilled or pool == "class"
-        self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool == "mean" else None
-        self.head = _linear(dim, classes, scale)
-        self.dist_norm = nn.LayerNorm(dim, eps=NORM_EPS) if distilled else None
-        self.head_dist = _linear(dim, classes, scale) if distilled else None
-
-    def taps(self, depth: int) -> Taps:
-        """What to ask of an encoder with so many blocks."""
-        return Taps() if self.fc_norm is None else Taps(hidden=(depth,), tokens=False)
-
-    def forward(self, features: Features) -> tuple[Tensor, ...]:
-        """The answer to `taps` -> logits [B,K] of each classifier: one, or two when distilled."""
-        if self.fc_norm is None:
-            return (self.head(features.latent[:, 0]),)
-        (tokens,) = features.hidden.values()
-        logits = self.head(self.fc_norm(tokens[:, features.prefix :].mean(dim=1)))
-        if self.dist_norm is None or self.head_dist is None:
-            return (logits,)
-        return logits, self.head_dist(self.dist_norm(tokens[:, 0]))
 
 
 class Classify(Task):
@@ -217,11 +176,3 @@ def count_classes(asked: int, found: int) -> int:
             "give a folder with one subfolder per class, or another labelled source"
         )
     return classes
-
-
-def _linear(dim: int, classes: int, scale: float) -> nn.Linear:
-    """timm 0.4.12's classifier: truncated normal 0.02 times `scale`, no bias at start."""
-    linear = nn.Linear(dim, classes)
-    nn.init.trunc_normal_(linear.weight, std=0.02 * scale)
-    nn.init.zeros_(linear.bias)
-    return linear
