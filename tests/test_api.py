@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_what_is_done_wrong_is_a_user_error(photos: Path, runs: Path, tmp_path: 
 
 def test_all_public_names_are_there() -> None:
     for name in mimlet.__all__:
-        assert getattr(mimlet, name) is not None
+        assert not isinstance(getattr(mimlet, name), ModuleType), "a module of the same name must not hide it"
     assert sorted(dir(mimlet)) == sorted(mimlet.__all__)
     with contextlib.suppress(AttributeError):
         mimlet.no_such_name  # noqa: B018

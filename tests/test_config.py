@@ -299,5 +299,5 @@ def test_header_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_methods_without_labels_are_not_judged_in_training() -> None:
-    with pytest.raises(ConfigError, match="data.eval: method 'mae' learns without labels"):
+    with pytest.raises(ConfigError, match=r"data\.eval: method 'mae' learns without labels"):
         validate(minimal(data={"path": ["photos"], "eval": ["photos"]}))

@@ -6,7 +6,9 @@ immediate.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +44,17 @@ _ELSEWHERE = {
     "load": "mimlet.models.weights",
     "load_config": "mimlet.config",
 }
+
+
+class _Package(ModuleType):
+    """Importing the module `mimlet.report` must not hide the function of that name (`demo` and `export` neither)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

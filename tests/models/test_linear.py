@@ -1,0 +1,49 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from mimlet.models import linear as module
+from mimlet.models.linear import Linear, onednn_linear
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch is built without oneDNN"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_onednn_equals_torch_in_value_and_gradients(shape: tuple[int, ...], with_bias: bool) -> None:
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(8, 12, requires_grad=True)
+    bias = torch.randn(8, requires_grad=True) if with_bias else None
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    ours, theirs = onednn_linear(x, weight, bias), F.linear(x, weight, bias)
+    assert_close(ours, theirs)
+    direction = torch.randn_like(theirs)
+    gradients = torch.autograd.grad(ours, inputs, direction)
+    for got, expected in zip(gradients, torch.autograd.grad(theirs, inputs, direction), strict=True):
+        assert_close(got, expected)
+        assert got.is_contiguous()
+
+
+@needs_onednn
+def test_frozen_weights_and_strided_inputs() -> None:
+    x = torch.randn(4, 6, 10, requires_grad=True)
+    weight = torch.randn(5, 10)
+    part = x[:, 2:]
+    (gradient,) = torch.autograd.grad(onednn_linear(part, weight).sum(), x)
+    (expected,) = torch.autograd.grad(F.linear(part, weight).sum(), x)
+    assert_close(gradient, expected)
+
+
+def test_layer_is_torchs_where_the_other_kernel_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(6, 4), torch.randn(3, 6)
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "onednn_linear", lambda *_: pytest.fail("not in float64"))
+    assert torch.equal(layer.double()(x.double()), F.linear(x.double(), layer.weight, layer.bias))
+    monkeypatch.setattr(module, "onednn_linear", lambda *_: pytest.fail("not under autocast"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x).dtype == torch.bfloat16
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
