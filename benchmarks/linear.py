@@ -1,4 +1,4 @@
-"""The three float32 products of a linear layer, PyTorch's default (MKL) beside oneDNN: what `models/linear.py` decides on.
+"""The float32 products of a linear layer, PyTorch's default (MKL) beside oneDNN: what `models/linear.py` decides on.
 
     python -m benchmarks.linear
 

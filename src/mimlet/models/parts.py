@@ -50,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     [B,H,T,T] -> [B,H,T,d].
     """
     if attention_kernel(q.device, q.dtype, k.shape[-2]) == "fused":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     return attention_logits(q, k, bias).softmax(dim=-1) @ v
 
 
