@@ -245,6 +245,10 @@ def test_evaluation(photos: Path, classifier: Path, tmp_path: Path, capsys: pyte
     assert main(["evaluate", str(classifier), "--data", str(damaged), "--out", str(out)]) == 0
     rows = list(csv.DictReader((out / "per_class.csv").read_text().splitlines()))
     assert [row["images"] for row in rows] == ["7", "8", "8"]
+    assert "24 images in" in (said := capsys.readouterr().out)
+    assert "(3 classes); 1 of them could not be read, left out\n" in said
+    finetune(damaged, tmp_path / "trained", "schedule.eval_epochs=1", "--steps", "6", "data.max_unreadable=0.5")
+    assert capsys.readouterr().err.count("1 of them could not be read, left out") == 1
 
 
 @pytest.mark.parametrize("kind", ["quick", "knn", "linear"])

@@ -120,7 +120,10 @@ def train(config: Config, *, resume: bool = False, allow_changes: bool = False, 
     def evaluate_task(task: Method) -> dict[str, float]:
         assert isinstance(task, Task)
         assert judge_source is not None
+        first = not scores
         scores[:] = [_judge(task.predict, judge_source, config, len(source.classes), fabric, workers)]
+        if first and (left_out := _left_out(judge_source, scores[0])):
+            say(f"judged on {judge_source.describe()}{left_out}")
         return scores[0].summary()
 
     evaluate_now = evaluate_task if judge_source is not None and isinstance(method, Task) else None
@@ -241,7 +244,7 @@ def evaluate(run: str | Path, *, data: Paths = (), out: str | None = None) -> di
         scores = _judge(model, source, config, len(classes), fabric, loader_workers(config.speed.workers, fabric))
     folder = Path(out or run)
     _write_scores(folder, scores, classes)
-    _print_table(f"{run} on {source.describe()}", [dict(scores.summary())])
+    _print_table(f"{run} on {source.describe()}{_left_out(source, scores)}", [dict(scores.summary())])
     sys.stdout.write(f"per class: {folder / 'per_class.csv'}, confusion: {folder / 'confusion.png'}\n")
     return scores.summary()
 
@@ -352,6 +355,12 @@ def _judge(
     return evaluate_classifier(predict, batches, fabric.device, augment.mean, augment.std, classes)
 
 
+def _left_out(source: Source, scores: Scores) -> str:
+    """Ends a sentence about the images judged on."""
+    count = len(source) - scores.images
+    return f"; {count:,} of them could not be read, left out" if count else ""
+
+
 def _finish(
     method: Method,
     config: Config,
@@ -451,7 +460,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
-    table = Table(title=title, title_justify="left")
+    console, table = Console(highlight=False), Table()
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         table.add_column(name)
@@ -459,7 +468,8 @@ def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
         table.add_row(
             *(f"{value:.2f}" if isinstance(value := row.get(name, ""), float) else str(value) for name in names)
         )
-    Console().print(table)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def _teller(fabric: Fabric) -> Callable[[str], None]:
