@@ -199,6 +199,9 @@ def test_leading_blocks_of_an_encoder(
     assert f"tensors loaded from {teacher / 'encoder.safetensors'}" in said
     assert "  20 tensors of the decoder not used\n" in said
     assert "and 11 more (only the first 2 blocks are used)\n" in said
+    (told,) = json.loads((run / "loaded.json").read_text())
+    assert set(told["loaded"]) == {name for name in before if not name.startswith(("blocks.2.", "norm."))}
+    assert told["fresh"]["blocks.2.attn.qkv.weight"] == "only the first 2 blocks are used"
 
 
 def test_subsets(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -35,7 +36,7 @@ from mimlet.methods.settings import METHODS
 from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT
-from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, load
+from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, LoadReport, load
 from mimlet.report import Picture, reconstruction_grid, write_report
 from mimlet.run import RunFolder, read_run
 from mimlet.tasks.classify import Classify
@@ -82,19 +83,15 @@ def train(config: Config, *, resume: bool = False, allow_changes: bool = False, 
     say(source.describe() + (f"; {len(indices):,} of them used (subset {data.subset})" if data.subset else ""))
     judge_source = None
     if data.eval:
-        judge_source = open_source(
-            data.eval, labelled=True, index=data.index, classes=source.classes if entry.labels else None
-        )
+        judge_source = open_source(data.eval, labelled=True, index=data.index, classes=source.classes)
         say(f"judged on {judge_source.describe()}")
 
     torch.manual_seed(key("init", config.seed))
     method = entry.load().build(config, len(source.classes) if entry.labels else 0)
-    for report in (
-        getattr(method, "load_report", None),
-        getattr(getattr(method, "teacher", None), "load_report", None),
-    ):
-        if report is not None:
-            say(str(report))
+    found = (getattr(part, "load_report", None) for part in (method, getattr(method, "teacher", None)))
+    loaded = [report for report in found if isinstance(report, LoadReport)]
+    for report in loaded:
+        say(str(report))
     size = config.encoder.image_size
     dataset = ImageDataset(
         source, method.transform(data.augment, size), method.masks(), seed=config.seed, indices=indices
@@ -126,13 +123,14 @@ def train(config: Config, *, resume: bool = False, allow_changes: bool = False, 
             say(f"judged on {judge_source.describe()}{left_out}")
         return scores[0].summary()
 
-    evaluate_now = evaluate_task if judge_source is not None and isinstance(method, Task) else None
     folder = Path(config.run.out)
     run = None
     if fabric.is_global_zero:
         run = RunFolder.create(folder, config, resume=resume, allow_changes=allow_changes, command=shlex.split(command))
     try:
-        result = fit(method, config, fabric, batches, per_epoch, run=run, evaluate=evaluate_now)
+        if run is not None and loaded:
+            write_atomic(folder / "loaded.json", json.dumps([asdict(report) for report in loaded], indent=2) + "\n")
+        result = fit(method, config, fabric, batches, per_epoch, run=run, evaluate=evaluate_task if data.eval else None)
         if run is not None:
             _finish(method, config, folder, source, dataset, scores[0] if scores else None, fabric)
             say(_closing(folder, result))
