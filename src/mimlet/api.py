@@ -478,6 +478,7 @@ def _teller(fabric: Fabric) -> Callable[[str], None]:
 
 
 def _closing(folder: Path, result: FitResult) -> str:
-    judged = ", ".join(f"{name} {value:.2f}" for name, value in result.evaluation.items())
+    numbers = result.evaluation or {f"{name} loss": value for name, value in result.losses.items() if name != "total"}
+    judged = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     took = f"done after {result.steps:,} steps, {result.seconds:.0f} s"
     return f"{took}{'; ' + judged if judged else ''}. Model and report: {folder}"
