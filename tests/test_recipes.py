@@ -43,7 +43,7 @@ def test_header_and_length(name: str) -> None:
         <= header.keys()
         <= {"source", "command", "teacher", "expected", "cost"}
     )
-    assert re.search(r"V100|H200|CPU cores", header["cost"]), "a cost is on named hardware"
+    assert re.search(r"V100|H200|CPU core", header["cost"]), "a cost is on named hardware"
     assert read_recipe(name)["title"]
     assert f"--recipe {name}" in header["command"]
     if "published" in header["expected"] and "no published" not in header["expected"]:

@@ -267,11 +267,10 @@ def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"
 def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
     """Writes a self-contained page about one run, or comparing several."""
     paths = [Path(run) for run in runs]
-    titles = [read_run(path).config.title or path.name for path in paths]
     page = write_report(
         paths,
         Path(out) if out else paths[0] / "report.html",
-        title=titles[0] if len(paths) == 1 else f"{len(paths)} runs compared",
+        title=paths[0].name if len(paths) == 1 else f"{len(paths)} runs compared",
         pictures=[
             picture for path in paths for picture in run_pictures(path, "" if len(paths) == 1 else f"{path.name}: ")
         ],
@@ -394,7 +393,7 @@ def _finish(
         page = write_report(
             [folder],
             folder / "report.html",
-            title=config.title or folder.name,
+            title=folder.name,
             pictures=run_pictures(folder),
             snippet=snippet(folder),
         )
