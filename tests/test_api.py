@@ -31,13 +31,6 @@ TINY: dict[str, object] = {
 DECODER: dict[str, object] = {"method__decoder__dim": 12, "method__decoder__heads": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIMLET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight images."""

@@ -19,11 +19,6 @@ from tests.tiny import finetune_arguments, pretrain, pretrain_arguments
 Answer = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MIMLET_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight images."""

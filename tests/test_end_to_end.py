@@ -30,13 +30,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CIRCUMSTANCES = {"time", "images_per_second", "data_wait", "memory_mb"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIMLET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight images: three steps of eight are an epoch."""
