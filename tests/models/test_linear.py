@@ -47,3 +47,15 @@ def test_layer_is_torchs_where_the_other_kernel_is_not_for(monkeypatch: pytest.M
         assert layer.float()(x).dtype == torch.bfloat16
     monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_pytorch_without_the_kernel_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise TypeError("another signature")
+
+    monkeypatch.setattr(module, "_product", missing)
+    module.onednn_is_faster.cache_clear()
+    try:
+        assert not module.onednn_is_faster()
+    finally:
+        module.onednn_is_faster.cache_clear()
