@@ -267,15 +267,7 @@ def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"
 def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
     """Writes a self-contained page about one run, or comparing several."""
     paths = [Path(run) for run in runs]
-    page = write_report(
-        paths,
-        Path(out) if out else paths[0] / "report.html",
-        title=paths[0].name if len(paths) == 1 else f"{len(paths)} runs compared",
-        pictures=[
-            picture for path in paths for picture in run_pictures(path, "" if len(paths) == 1 else f"{path.name}: ")
-        ],
-        snippet=snippet(paths[0]) if len(paths) == 1 and (paths[0] / "encoder.json").is_file() else "",
-    )
+    page = _write_page(paths, Path(out) if out else paths[0] / "report.html")
     sys.stdout.write(f"{page}\n")
     return page
 
@@ -390,14 +382,19 @@ def _finish(
     if picture:
         write_atomic(folder / "reconstruction.png", picture)
     if config.run.report:
-        page = write_report(
-            [folder],
-            folder / "report.html",
-            title=folder.name,
-            pictures=run_pictures(folder),
-            snippet=snippet(folder),
-        )
-        assert page.is_file()
+        _write_page([folder], folder / "report.html")
+
+
+def _write_page(runs: Sequence[Path], out: Path) -> Path:
+    """The page about one run, with the code that uses its model, or about several."""
+    alone = len(runs) == 1
+    return write_report(
+        runs,
+        out,
+        title=runs[0].name if alone else f"{len(runs)} runs compared",
+        pictures=[picture for run in runs for picture in run_pictures(run, "" if alone else f"{run.name}: ")],
+        snippet=snippet(runs[0]) if alone and (runs[0] / DESCRIPTION_FILE).is_file() else "",
+    )
 
 
 @torch.no_grad()

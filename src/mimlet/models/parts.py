@@ -39,10 +39,10 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Literal["fused", "explicit"]:
-    """Which attention is faster here: fused, but for bf16 on a CPU, whose fused kernel is up to 7 times slower
-    (benchmarks/attention.py).
+    """Which attention is faster here: fused, but for bf16 on a CPU up to 577 tokens, where the fused kernel is up to 7
+    times slower and never faster (benchmarks/attention.py; longer sequences were not measured).
     """
-    return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 1024 else "fused"
+    return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 577 else "fused"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
