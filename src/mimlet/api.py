@@ -35,6 +35,7 @@ from mimlet.methods.base import Method, Task
 from mimlet.methods.settings import METHODS
 from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
+from mimlet.models.teacher import Teachers
 from mimlet.models.vit import ViT
 from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, LoadReport, load
 from mimlet.report import Picture, reconstruction_grid, write_report
@@ -65,11 +66,19 @@ class TrainResult:
     fit: FitResult
 
 
-def train(config: Config, *, resume: bool = False, allow_changes: bool = False, command: str = "") -> TrainResult:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    command: str = "",
+    teacher: nn.Module | None = None,
+) -> TrainResult:
     """Trains whatever `config` describes, pre-training or task, and leaves a run folder with the exported model and a
     report.
 
-    `resume` continues the newest checkpoint in `config.run.out`. Raises `UserError` for what the user can repair,
+    `resume` continues the newest checkpoint in `config.run.out`. `teacher` is a module of your own in place of
+    `config.teacher` (see `mimlet.Teacher`). Raises `UserError` for what the user can repair,
     `TrainingStopped` after a signal.
     """
     if not config.run.out:
@@ -87,7 +96,7 @@ def train(config: Config, *, resume: bool = False, allow_changes: bool = False, 
         say(f"judged on {judge_source.describe()}")
 
     torch.manual_seed(key("init", config.seed))
-    method = entry.load().build(config, len(source.classes) if entry.labels else 0)
+    method = entry.load().build(config, len(source.classes) if entry.labels else 0, Teachers(teacher))
     found = (getattr(part, "load_report", None) for part in (method, getattr(method, "teacher", None)))
     loaded = [report for report in found if isinstance(report, LoadReport)]
     for report in loaded:
@@ -361,7 +370,7 @@ def _finish(
 ) -> None:
     """What a finished run leaves: the exported model, pictures, results per class, the page."""
     augment = config.data.augment
-    info = {"method": config.method.name, "title": config.title}
+    info = {"method": config.method.name, "title": config.title, **method.info}
     if isinstance(method, Classify):
         classes = source.classes or [str(i) for i in range(method.classes)]
         export_classifier(folder, method, classes=classes, mean=augment.mean, std=augment.std, info=info)
@@ -374,6 +383,7 @@ def _finish(
             mean=augment.mean,
             std=augment.std,
             decoder=decoder if isinstance(decoder, Decoder) else None,
+            normalised=bool(getattr(method, "normalise", True)),
             info=info,
         )
     if scores is not None:

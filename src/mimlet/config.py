@@ -69,6 +69,9 @@ class EncoderSettings(Section):
     )
     layer_scale: float | None = None
     drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path_rule: Literal["linear", "constant"] = Field(
+        "linear", description="linear: from 0 in the first block to drop_path in the last; constant: the same in all"
+    )
     weights: str | None = Field(None, description="run folder or file to start from")
     keep_blocks: int | None = Field(
         None, ge=0, description="use only the first k blocks of `weights`; the others start fresh"
@@ -98,13 +101,19 @@ class EncoderSettings(Section):
 
 
 class TeacherSettings(Section):
-    """A frozen teacher: a run folder, a checkpoint file, or `timm:NAME`."""
+    """A frozen teacher: a run folder, a checkpoint file, a model's folder as timm or transformers save it, `timm:NAME`
+    or `transformers:NAME`.
+    """
 
     path: str | None = None
     name: str | None = Field(None, description="zoo name of the file's architecture; none: read from its shapes")
     heads: int = Field(0, ge=0, description="needed where a file does not tell and the width has several customs")
     precision: Annotated[Literal["auto", "32", "bf16"], AsText] = Field(
         "auto", description="auto: bf16 where the hardware computes in it, else 32"
+    )
+    grid: Literal["input", "target"] = Field(
+        "input",
+        description="where its grid of patches differs from the student's: resize its input, or what it answers",
     )
 
 
@@ -443,7 +452,7 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's raw settings shrunk so that it runs on a CPU in seconds.
 
     Depth and heads stay; width becomes 4 per head, the image 16 patches, the training 3 steps. A sweep keeps two values
-    of each setting, and loses those of the length.
+    of each setting, and loses those of the length. Relations are those of the teacher's last block.
     """
     small: dict[str, Any] = json.loads(json.dumps(values))
     encoder = small.setdefault("encoder", {})
@@ -455,6 +464,8 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     if "decoder" in METHODS[method["name"]].settings.model_fields:
         decoder = method.setdefault("decoder", {})
         merge(decoder, {"depth": 1, "dim": 4 * decoder.setdefault("heads", 3)})
+    if "relations" in method:
+        method["relations"]["teacher_layer"] = 0
     small["schedule"] = {"batch": 8, "steps": 3, "warmup": 0.4, "eval_epochs": 0}
     small["sweep"] = {
         key: tried[:2] for key, tried in small.get("sweep", {}).items() if not key.startswith("schedule.")

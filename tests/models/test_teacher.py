@@ -94,7 +94,7 @@ def test_fp32_teacher_ignores_the_students_autocast() -> None:
 def test_is_loaded_with_decoder_and_normalisation(tmp_path: Path) -> None:
     encoder, decoder = make(), Decoder(48, (4, 4), 1, 192, 12, 1, 3)
     path = save(tmp_path, encoder, mean=HALF[0], std=HALF[1])
-    save_decoder(tmp_path / DECODER_FILE, decoder)
+    save_decoder(tmp_path / DECODER_FILE, decoder, True)
     settings = TeacherSettings(path=path, precision="32")
     teacher = load_teacher(settings, ViT(STUDENT), decoder=True)
     raw = torch.rand(1, 3, 32, 32)

@@ -248,7 +248,7 @@ def test_decoder_positions_are_resized(tmp_path: Path) -> None:
     encoder = ViT(ViTShape(**{**vars(SMALL), "image_size": 24}))
     save_ours(tmp_path / ENCODER_FILE, encoder)
     decoder = Decoder(24, (3, 3), 1, 192, 12, 2, 2)
-    save_decoder(tmp_path / DECODER_FILE, decoder)
+    save_decoder(tmp_path / DECODER_FILE, decoder, True)
     loaded = load_decoder(open_checkpoint(tmp_path), ViT(SMALL))
     assert torch.equal(loaded.pos_embed, resize_positions(decoder.pos_embed, (3, 3), (2, 2), 1))
 
@@ -412,7 +412,7 @@ def test_decoder_heads(tmp_path: Path) -> None:
     save_ours(tmp_path / ENCODER_FILE, encoder)
     decoder = Decoder(24, (2, 2), 1, 192, 12, 2, 6)
     random_(decoder)
-    save_decoder(tmp_path / DECODER_FILE, decoder)
+    save_decoder(tmp_path / DECODER_FILE, decoder, True)
     checkpoint = open_checkpoint(tmp_path)
     loaded = load_decoder(checkpoint, encoder)
     assert [block.attn.heads for block in loaded.blocks] == [6, 6]

@@ -36,11 +36,13 @@ def export_encoder(
     mean: Channels,
     std: Channels,
     decoder: Decoder | None = None,
+    normalised: bool = True,
     info: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes an encoder, and its decoder if there is one, into a folder; returns the encoder's file.
 
-    `mean`, `std`: how its input is normalised. `info` is stored with it. An older export in the folder is replaced.
+    `mean`, `std`: how its input is normalised. `normalised`: whether the decoder predicts normalised pixels. `info` is
+    stored with the encoder. An older export in the folder is replaced.
     """
     description = {
         **_description("encoder", encoder.shape, mean, std, timm_arguments(encoder.shape)),
@@ -48,7 +50,7 @@ def export_encoder(
     }
     file = _write(folder, encoder_state(encoder), description)
     if decoder is not None:
-        save_decoder(folder / DECODER_FILE, decoder)
+        save_decoder(folder / DECODER_FILE, decoder, normalised)
     return file
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
@@ -15,6 +17,7 @@ from mimlet.data.masks import MaskSampler
 if TYPE_CHECKING:
     from mimlet.config import AugmentSettings, Config
     from mimlet.data.augment import Transform
+    from mimlet.models.teacher import Teachers
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,20 @@ class Method(nn.Module, ABC):
       A follower gets no gradient but keeps the train/eval mode of its leader (batch norm in MoCo-v3 needs it).
     - `weights`: coefficient of each loss that `forward` returns; the loop minimises the weighted sum. Values that
       `forward` returns under a name absent from `weights` are logged, not minimised.
+    - `info`: what else a user of the exported encoder has to know; it is stored with the weights.
     """
 
     encoder: nn.Module
     frozen: ClassVar[tuple[str, ...]] = ()
     ema: ClassVar[dict[str, str]] = {}
     weights: dict[str, float]
+    info: Mapping[str, object] = MappingProxyType({})
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Config, classes: int = 0) -> Method:
+    def build(cls, config: Config, classes: int = 0, teachers: Teachers | None = None) -> Method:
         """Makes the method and its parts from a resolved configuration. `classes`: number of labels in the data, 0
-        without labels.
+        without labels. `teachers`: where a method that distils finds its teacher; none: one of its own.
         """
 
     @abstractmethod

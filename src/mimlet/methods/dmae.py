@@ -20,11 +20,12 @@ from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.mae import build_decoder, reconstruction_pictures, start_encoder
 from mimlet.methods.settings import DMAESettings
+from mimlet.methods.terms import Terms, make_terms
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import Linear, linear
 from mimlet.models.parts import NORM_EPS, attention_logits, init_mae
-from mimlet.models.teacher import Teacher, load_teacher
+from mimlet.models.teacher import Teacher, Teachers
 from mimlet.models.vit import ViT
 from mimlet.models.weights import LoadReport
 from mimlet.objectives.attention import feature_distance, logit_distance
@@ -89,6 +90,7 @@ class DMAE(Method):
         extra_block: bool = False,
         mask_ratio: float = 0.75,
         normalise: bool = True,
+        terms: Terms | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -100,13 +102,14 @@ class DMAE(Method):
         self.decode_layer = decode_layer or encoder.depth
         self.attention_pairs, self.hidden_pairs = tuple(attention), tuple(hidden)
         self.extra = AttentionOnly(encoder.dim, encoder.heads) if extra_block else None
+        self.terms = terms or Terms([])
         self._check()
         # Conv2d's default initialisation of a 1x1 convolution over heads, which is nn.Linear's.
         self.head_maps = nn.ModuleList(
             nn.Linear(encoder.heads, teacher.heads, bias=False) for _ in self.attention_pairs
         )
         self.feature_maps = nn.ModuleList(nn.Linear(encoder.dim, teacher.dim, bias=False) for _ in self.hidden_pairs)
-        self.weights = {}
+        self.weights = dict(self.terms.weights)
         if decoder is not None:
             self.weights["reconstruction"] = 1.0
         if attention:
@@ -124,20 +127,21 @@ class DMAE(Method):
             attention=tuple(s for s, _ in self.attention_pairs if s != in_extra),
             tokens=decoder is not None and not decode_layer,
         )
+        self.student_taps |= self.terms.student_taps
         self.teacher_taps = Taps(
             normed=tuple(t for _, t in self.hidden_pairs),
             attention=tuple(t for _, t in self.attention_pairs),
             tokens=False,
         )
+        self.teacher_taps |= self.terms.teacher_taps
 
     @classmethod
-    def build(cls, config: Config, classes: int = 0) -> DMAE:
+    def build(cls, config: Config, classes: int = 0, teachers: Teachers | None = None) -> DMAE:
         """From a configuration: layer 0 in attention pairs and -1 in feature pairs mean the last."""
         settings = config.method
         assert isinstance(settings, DMAESettings)
         encoder, report = start_encoder(config)
-        augment, accelerator = config.data.augment, config.speed.accelerator
-        teacher = load_teacher(config.teacher, encoder, mean=augment.mean, std=augment.std, accelerator=accelerator)
+        teacher = (teachers or Teachers()).find(config, encoder, masked=True)
         last = encoder.depth + int(settings.extra_block)
         method = cls(
             encoder,
@@ -153,16 +157,19 @@ class DMAE(Method):
             extra_block=settings.extra_block,
             mask_ratio=settings.mask_ratio,
             normalise=settings.target == "normalised",
+            terms=make_terms(settings.terms, encoder, teacher, masked=True),
         )
         method.load_report = report
         return method
 
     def masks(self) -> dict[str, MaskSampler]:
         """One random mask over patches, for student and teacher."""
-        return {"mask": RandomMasking(self.encoder.units, self.mask_ratio)}
+        return {"mask": RandomMasking(self.encoder.units, self.mask_ratio), **self.terms.masks()}
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """{reconstruction, attention, hidden}: those that are in use; distances are summed over the layer pairs."""
+        """{reconstruction, attention, hidden} and the terms' losses: those that are in use; distances are summed over
+        the layer pairs.
+        """
         student = self.encoder(batch.images, batch.mask, taps=self.student_taps)
         teacher = self.teacher(batch.images, batch.mask, taps=self.teacher_taps)
         losses = {}
@@ -183,7 +190,7 @@ class DMAE(Method):
                 for (s, t), feature_map in zip(self.hidden_pairs, self.feature_maps, strict=True)
             ]
             losses["hidden"] = torch.stack(distances).sum()
-        return losses
+        return {**losses, **self.terms(student, teacher, batch)}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """original, masked and reconstruction, each [B,3,H,W]; nothing without a decoder."""
@@ -195,8 +202,8 @@ class DMAE(Method):
 
     def _decoder_input(self, student: Features) -> Tensor:
         """The final norm of the decoded layer, [B,P+V,D]."""
-        if student.tokens is not None:
-            return student.tokens
+        if self.decode_layer not in student.hidden:
+            return student.latent
         normed: Tensor = self.encoder.norm(student.hidden[self.decode_layer])
         return normed
 
@@ -224,8 +231,10 @@ class DMAE(Method):
             raise ConfigError(
                 f"method.decode_layer {self.decode_layer} is not a block of the student, which has 1 to {depth}"
             )
-        if not self.attention_pairs and not self.hidden_pairs:
-            raise ConfigError("dmae distils nothing: give attention_layers or hidden_layers, or use the method mae")
+        if not self.attention_pairs and not self.hidden_pairs and not len(self.terms):
+            raise ConfigError(
+                "dmae distils nothing: give attention_layers, hidden_layers or terms, or use the method mae"
+            )
         if self.decoder is not None and self.decode_layer < depth and self.extra is None:
             warnings.warn(
                 f"the decoder reads block {self.decode_layer} and no extra block follows block {depth}: its value, "

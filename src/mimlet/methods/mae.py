@@ -19,6 +19,7 @@ from mimlet.objectives.reconstruct import denormalise_patches, masked_pixel_loss
 
 if TYPE_CHECKING:
     from mimlet.config import Config
+    from mimlet.models.teacher import Teachers
 
 
 class MAE(Method):
@@ -36,7 +37,7 @@ class MAE(Method):
         self.weights = {"reconstruction": 1.0}
 
     @classmethod
-    def build(cls, config: Config, classes: int = 0) -> MAE:
+    def build(cls, config: Config, classes: int = 0, teachers: Teachers | None = None) -> MAE:
         """From a configuration."""
         settings = config.method
         assert isinstance(settings, MAESettings)

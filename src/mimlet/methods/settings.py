@@ -8,7 +8,8 @@ built.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +27,88 @@ class DecoderSettings(Section):
     depth: int = Field(1, ge=0)
     dim: int = Field(0, ge=0, description="0: half of the encoder's width")
     heads: int = Field(3, ge=1)
+
+
+Pair = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
+"""A relation: softmax(a b^T / sqrt(d)) of two of queries, keys and values."""
+
+NINE: list[Pair] = ["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
+
+
+class AdaptiveSettings(Section):
+    """Head-level adaptive matching (MIM-HD, section 3.2; what the paper leaves open is an option)."""
+
+    pool: Literal["query", "flatten", "global"] = Field(
+        "query", description="how heads are compared; global is the printed one, which cannot tell heads apart"
+    )
+    reading: Literal["sum", "mixture"] = Field(
+        "sum", description="sum: weighted sum of divergences; mixture: divergence from the weighted mixture"
+    )
+    projection: Literal["linear", "mlp_l2"] = "linear"
+    subspace: int = Field(64, ge=1, description="width C of the projected similarities")
+    detach_similarity: bool = False
+    coverage: float = Field(0.0, ge=0, description="penalty on teacher heads that nobody imitates; 0: off")
+
+
+class RelationSettings(Section):
+    """Distance between relations of one block each (TinyMIM, MIM-HD, G2SD's relation loss).
+
+    `heads` says how unequal head counts meet. adaptive_block: the student's channels are split into as many heads as
+    the teacher's (TinyMIM); adaptive: MIM-HD; average: mean over heads on both sides; significant: every student head
+    imitates the teacher's `significant_head`; learned_map: D-MAE's linear map over heads, on logits; regroup: both
+    sides are split into `relation_heads` heads (G2SD's code). Layers are numbered from 1; 0 stands for the last.
+    """
+
+    kind: Literal["relations"] = "relations"
+    label: str = Field("", description="prefix of the losses' names, where two such terms meet")
+    weight: float = Field(1.0, gt=0)
+    pairs: list[Pair] = Field(["qk", "vv"], min_length=1)
+    heads: Literal["adaptive_block", "adaptive", "average", "significant", "learned_map", "regroup"] = "adaptive_block"
+    student_layer: int = Field(0, ge=0)
+    teacher_layer: int = Field(0, ge=0)
+    class_token: bool = Field(True, description="whether the class token takes part, where both have one")
+    relation_heads: int = Field(0, ge=0, description="for regroup")
+    significant_head: int = Field(0, ge=0, description="for significant, from 1; `mimlet probe --kind heads` finds it")
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+
+
+class AlignmentSettings(Section):
+    """L1 distance of block outputs, L2-normalised over channels (DMAE, Bai et al. 2023). No layer: three quarters of
+    the depth.
+    """
+
+    kind: Literal["alignment"] = "alignment"
+    label: str = ""
+    weight: float = Field(1.0, gt=0)
+    student_layer: int | None = Field(None, ge=0)
+    teacher_layer: int | None = Field(None, ge=0)
+    projection: bool = Field(True, description="linear map to the teacher's width; needed where widths differ")
+    normalise: bool = True
+
+
+class DualViewSettings(Section):
+    """Reconstruction through the teacher's frozen decoder from two complementary halves of the student's tokens
+    (MIM-HD, section 3.3).
+    """
+
+    kind: Literal["dual_view"] = "dual_view"
+    label: str = ""
+    weight: float = Field(1.0, gt=0, description="alpha; the paper gives none")
+    mask_ratio: float = Field(0.5, description="share hidden from the first view; the second hides the rest")
+    views: Literal[1, 2] = Field(2, description="1: the paper's single-view ablation")
+    target: Literal["auto", "normalised", "raw"] = Field(
+        "auto", description="the pixels the teacher's decoder was trained to predict; auto: as its file or name says"
+    )
+
+
+TermSettings = Annotated[RelationSettings | AlignmentSettings | DualViewSettings, Field(discriminator="kind")]
+
+TERMS = {
+    "relations": "mimlet.methods.relations:Relations",
+    "alignment": "mimlet.methods.alignment:Alignment",
+    "dual_view": "mimlet.methods.dual_view:DualView",
+}
+"""Where the terms live that a recipe can add to a method that distils (`[[method.terms]]`)."""
 
 
 class MAESettings(Section):
@@ -58,12 +141,67 @@ class DMAESettings(Section):
     attention_weight: float = 1.0
     hidden_layers: list[tuple[int, int]] = []
     hidden_weight: float = 1.0
+    terms: list[TermSettings] = []
+
+
+class TinyMIMSettings(Section):
+    """TinyMIM (Ren et al. 2023): relations of a clean view, imitated on a jittered view (`data.augment.color_jitter`).
+    Nothing is masked.
+    """
+
+    name: Literal["tinymim"] = "tinymim"
+    relations: RelationSettings = RelationSettings()
+    terms: list[TermSettings] = []
+
+
+class MIMHDSettings(Section):
+    """MIM-HD: adaptive relations head by head, and dual-view decoding through the teacher's decoder."""
+
+    name: Literal["mimhd"] = "mimhd"
+    relations: RelationSettings = RelationSettings(heads="adaptive")
+    reconstruct: bool = Field(True, description="false: relations only")
+    dual_view: DualViewSettings = DualViewSettings()
+    terms: list[TermSettings] = []
+
+
+class G2SDSettings(Section):
+    """G2SD's generic stage: the student's decoder imitates the hidden states of the teacher's decoder.
+
+    `target` (the paper's Table 5): decoder, at visible and masked patches; decoder_masked; encoder, visible patches;
+    encoder_and_masked; relations, all nine of the last blocks.
+    """
+
+    name: Literal["g2sd"] = "g2sd"
+    mask_ratio: float = 0.75
+    decoder: DecoderSettings = DecoderSettings(depth=4, dim=128, heads=4)
+    target: Literal["decoder", "decoder_masked", "encoder", "encoder_and_masked", "relations"] = "decoder"
+    target_layer: int = Field(0, ge=0, description="block of the teacher's decoder; 0: the middle one (4 of 8)")
+    relations: RelationSettings = RelationSettings(pairs=NINE, heads="regroup")
+    terms: list[TermSettings] = []
+
+
+class DMAEFeaturesSettings(Section):
+    """DMAE (Bai et al., Masked Autoencoders Enable Efficient Knowledge Distillers, 2023; not D-MAE): MAE plus features
+    at three quarters of the depth, on the same visible patches.
+    """
+
+    name: Literal["dmae_features"] = "dmae_features"
+    mask_ratio: float = 0.75
+    target: Literal["normalised", "raw"] = "raw"
+    decoder: DecoderSettings = DecoderSettings()
+    alignment: AlignmentSettings = AlignmentSettings()
+    terms: list[TermSettings] = []
 
 
 class LabelDistillation(Section):
-    """DeiT-style distillation from a classifier (the section `teacher` names it)."""
+    """Distillation from a classifier (the section `teacher` names it).
+
+    `token` class: mean pooling is judged and the class token answers to the teacher (MAE-lite); distillation: the class
+    token is judged, and a further token answers to the teacher (G2SD's specific stage, as in DeiT).
+    """
 
     kind: Literal["none", "soft", "hard"] = "none"
+    token: Literal["class", "distillation"] = "class"
     weight: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
 
@@ -91,7 +229,16 @@ class LinearProbeSettings(Section):
     pool: Literal["mean", "class"] = "class"
 
 
-MethodSettings = MAESettings | DMAESettings | ClassifySettings | LinearProbeSettings
+MethodSettings = (
+    MAESettings
+    | DMAESettings
+    | TinyMIMSettings
+    | MIMHDSettings
+    | G2SDSettings
+    | DMAEFeaturesSettings
+    | ClassifySettings
+    | LinearProbeSettings
+)
 
 
 @dataclass(frozen=True)
@@ -105,16 +252,23 @@ class Entry:
 
     def load(self) -> type[Method]:
         """Imports the class (and with it torch)."""
-        from importlib import import_module
-
-        module, _, name = self.where.partition(":")
-        cls: type[Method] = getattr(import_module(module), name)
+        cls: type[Method] = load_class(self.where)
         return cls
+
+
+def load_class(where: str) -> Any:
+    """The class that `module:Class` names."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)
 
 
 METHODS: dict[str, Entry] = {
     "mae": Entry(MAESettings, "mimlet.methods.mae:MAE"),
     "dmae": Entry(DMAESettings, "mimlet.methods.dmae:DMAE", teacher=True),
+    "tinymim": Entry(TinyMIMSettings, "mimlet.methods.tinymim:TinyMIM", teacher=True),
+    "mimhd": Entry(MIMHDSettings, "mimlet.methods.mimhd:MIMHD", teacher=True),
+    "g2sd": Entry(G2SDSettings, "mimlet.methods.g2sd:G2SD", teacher=True),
+    "dmae_features": Entry(DMAEFeaturesSettings, "mimlet.methods.dmae_features:DMAEFeatures", teacher=True),
     "classify": Entry(ClassifySettings, "mimlet.tasks.classify:Classify", labels=True),
     "linear_probe": Entry(LinearProbeSettings, "mimlet.tasks.probe:LinearProbe", labels=True),
 }

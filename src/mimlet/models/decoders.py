@@ -34,27 +34,49 @@ class Decoder(nn.Module):
         self.apply(init_mae)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, mask: Mask, hidden_only: bool = False) -> Tensor:
+    def forward(
+        self, latent: Tensor, mask: Mask, hidden_only: bool = False, mask_token: Tensor | None = None
+    ) -> Tensor:
         """Latent [B,P+V,D] of the visible tokens in the order of `mask.ids_keep` -> predictions [B,N,out] in raster
         order.
 
         With `hidden_only`, predictions [B,N-V,out] of the hidden patches in the order of `mask.ids_hidden`; the
-        visible ones are not computed.
+        visible ones are not computed. `mask_token` [1,1,dim] takes the place of the decoder's own.
         """
-        visible = self.embed(latent)
-        order, shown = mask.order, visible.shape[1]
-        blank = self.mask_token.to(visible.dtype).expand(len(latent), order.shape[1] + self.prefix - shown, -1)
-        positions = self.pos_embed[0, self.prefix :][order]
-        if self.prefix:
-            positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(latent), -1, -1), positions], dim=1)
-        x = torch.cat([visible, blank], dim=1) + positions
-        last = len(self.blocks) - 1
+        x = self._tokens(latent, mask, mask_token)
+        last, shown = len(self.blocks) - 1, latent.shape[1]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             x = block.tail(x, shown) if hidden_only and i == last else block(x)
         if hidden_only:
-            predicted: Tensor = self.pred(self.norm(x[:, -blank.shape[1] :]))
+            hidden = mask.hidden.shape[1] - (shown - self.prefix)
+            predicted: Tensor = self.pred(self.norm(x[:, -hidden:]))
             return predicted
-        assert mask.ids_restore is not None
         prediction: Tensor = self.pred(self.norm(x[:, self.prefix :]))
-        return prediction.gather(1, mask.ids_restore[..., None].expand(-1, -1, prediction.shape[-1]))
+        return raster_order(prediction, mask)
+
+    def features(self, latent: Tensor, mask: Mask, block: int) -> Tensor:
+        """The output of a block, numbered from 1, before any norm: [B,P+N,dim], patches in raster order. Later blocks
+        are not run.
+        """
+        x = self._tokens(latent, mask)
+        for each in self.blocks[:block]:
+            x = each(x)
+        return torch.cat([x[:, : self.prefix], raster_order(x[:, self.prefix :], mask)], dim=1)
+
+    def _tokens(self, latent: Tensor, mask: Mask, mask_token: Tensor | None = None) -> Tensor:
+        """What enters block 1: [B,P+N,dim] in the order class token, visible, hidden."""
+        visible = self.embed(latent)
+        order = mask.order
+        blank = self.mask_token if mask_token is None else mask_token
+        blank = blank.to(visible.dtype).expand(len(latent), order.shape[1] + self.prefix - visible.shape[1], -1)
+        positions = self.pos_embed[0, self.prefix :][order]
+        if self.prefix:
+            positions = torch.cat([self.pos_embed[:, : self.prefix].expand(len(latent), -1, -1), positions], dim=1)
+        return torch.cat([visible, blank], dim=1) + positions
+
+
+def raster_order(tokens: Tensor, mask: Mask) -> Tensor:
+    """Patches [B,N,D] in the order visible, hidden -> raster order."""
+    assert mask.ids_restore is not None
+    return tokens.gather(1, mask.ids_restore[..., None].expand(-1, -1, tokens.shape[-1]))

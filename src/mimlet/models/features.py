@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mimlet.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,9 @@ class Taps:
     `hidden`: outputs of these blocks (0 = embedding). `normed`: the input of attention in the NEXT block, that is
     norm1 of block i + 1 applied to the output of block i; for the last block the final norm (MAE-lite's eq. 6 and CKA
     use these). `attention`: pre-softmax scaled logits of these blocks. `qkv`: queries, keys and values of these
-    blocks. `levels`: pyramid levels by stride (hierarchical encoders only). `tokens`: whether the final, normed
-    tokens are wanted; without them the encoder stops at the last block it needs.
+    blocks. `levels`: pyramid levels by stride (hierarchical encoders only). `decoded`: outputs of these blocks of the
+    decoder (teachers that carry one). `tokens`: whether the final, normed tokens are wanted; without them the encoder
+    stops at the last block it needs.
     """
 
     hidden: tuple[int, ...] = ()
@@ -27,7 +32,16 @@ class Taps:
     attention: tuple[int, ...] = ()
     qkv: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
+    decoded: tuple[int, ...] = ()
     tokens: bool = True
+
+    def __or__(self, other: Taps) -> Taps:
+        """What either asks for."""
+        numbers = {
+            kind: tuple(sorted({*getattr(self, kind), *getattr(other, kind)}))
+            for kind in ("hidden", "normed", "attention", "qkv", "levels", "decoded")
+        }
+        return Taps(**numbers, tokens=self.tokens or other.tokens)
 
 
 @dataclass
@@ -35,7 +49,8 @@ class Features:
     """The answer to `Taps`: every dictionary is keyed by the numbers that were asked for.
 
     `tokens` [B,T,D] after the final norm; `hidden`, `normed` [B,T,D]; `attention` [B,H,T,T]; `qkv` three of [B,H,T,d];
-    `levels` [B,C,h,w] by stride. `prefix` = P; `grid` = (rows, columns) of patches in the whole image.
+    `levels` [B,C,h,w] by stride; `decoded` [B,P+N,D of the decoder], patches in raster order. `prefix` = P; `grid` =
+    (rows, columns) of patches in the whole image.
     """
 
     prefix: int
@@ -46,6 +61,7 @@ class Features:
     attention: dict[int, Tensor] = field(default_factory=dict)
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     levels: dict[int, Tensor] = field(default_factory=dict)
+    decoded: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def latent(self) -> Tensor:
@@ -57,3 +73,32 @@ class Features:
     def patches(self) -> Tensor:
         """The final patch tokens without the prefix, [B,V,D]."""
         return self.latent[:, self.prefix :]
+
+    def resized(self, grid: tuple[int, int]) -> Features:
+        """The same for another grid of patches: tokens, queries, keys and values are interpolated (bilinear), prefix
+        tokens stay. Of whole images only; raises `ConfigError` for attention logits, which have no such map.
+        """
+        if self.attention:
+            raise ConfigError(
+                f"attention logits of {self.grid[0]} x {self.grid[1]} patches cannot be resized to "
+                f"{grid[0]} x {grid[1]}; set teacher.grid=input"
+            )
+        maps = {
+            kind: {i: self._resized(x, grid) for i, x in getattr(self, kind).items()}
+            for kind in ("hidden", "normed", "decoded")
+        }
+        qkv = {
+            i: (self._resized(q, grid), self._resized(k, grid), self._resized(v, grid))
+            for i, (q, k, v) in self.qkv.items()
+        }
+        tokens = None if self.tokens is None else self._resized(self.tokens, grid)
+        return Features(self.prefix, grid, tokens=tokens, qkv=qkv, **maps)
+
+    def _resized(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[..., P+N, D] -> [..., P+N', D]."""
+        shape = tokens.shape
+        flat = tokens.reshape(-1, *shape[-2:])
+        image = flat[:, self.prefix :].transpose(1, 2).reshape(len(flat), shape[-1], *self.grid)
+        image = F.interpolate(image.float(), grid, mode="bilinear", antialias=True).to(tokens.dtype)
+        joined = torch.cat([flat[:, : self.prefix], image.flatten(2).transpose(1, 2)], dim=1)
+        return joined.view(*shape[:-2], *joined.shape[1:])

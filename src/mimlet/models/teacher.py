@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
@@ -28,14 +30,17 @@ from mimlet.models.weights import (
 from mimlet.models.zoo import SIZES
 
 if TYPE_CHECKING:
-    from mimlet.config import TeacherSettings
+    from mimlet.config import Config, TeacherSettings
 
 
 class Teacher(nn.Module):
     """An encoder, maybe with its decoder, that is only looked at: eval mode, no gradient, own normalisation and type.
 
-    Images arrive normalised as the student's (`students`: mean, std) and are brought to the teacher's `own`
-    normalisation. In bf16 the encoder's matrices are stored in bf16 too: no weight is cast in a step.
+    `encoder` is a ViT, or any module with the attributes `patch, dim, depth, heads, grid, prefix` (class tokens: 0 or
+    1) that answers `(images, mask, taps=...)` with `Features`; `takes_masks = True` if it can drop the patches that a
+    mask hides. Images arrive normalised as the student's (`students`: mean, std) and at the student's size, and are
+    brought to the teacher's `own` normalisation and to `size` px. Where the grid of its patches then still differs from
+    `grid`, what it answers is resized. In bf16 the matrices are stored in bf16 too: no weight is cast in a step.
     """
 
     scale: Tensor
@@ -43,35 +48,137 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: nn.Module,
         decoder: Decoder | None = None,
         *,
         bf16: bool = False,
         own: Normalisation = (IMAGENET_MEAN, IMAGENET_STD),
         students: Normalisation = (IMAGENET_MEAN, IMAGENET_STD),
+        size: int = 0,
+        grid: tuple[int, int] | None = None,
+        source: str = "the teacher",
     ) -> None:
         super().__init__()
+        lacking = [name for name in ("patch", "dim", "depth", "heads", "grid", "prefix") if not hasattr(encoder, name)]
+        if lacking:
+            raise ConfigError(
+                f"{source} is a {type(encoder).__name__} without the attribute{'s' if len(lacking) > 1 else ''} "
+                f"{', '.join(lacking)}; a teacher has patch, dim, depth, heads, grid (rows, columns) and prefix (1 "
+                "with a class token, else 0), and answers (images, mask, taps=...) with mimlet.Features"
+            )
         self.encoder, self.decoder, self.bf16 = encoder, decoder, bf16
-        self.dim, self.depth, self.heads = encoder.dim, encoder.depth, encoder.heads
-        self.grid, self.prefix = encoder.grid, encoder.prefix
+        self.patch, self.dim, self.depth, self.heads = (
+            int(getattr(encoder, name)) for name in ("patch", "dim", "depth", "heads")
+        )
+        rows, columns = cast(tuple[int, int], encoder.grid)
+        self.own_grid = (size // self.patch, size // self.patch) if size else (rows, columns)
+        self.grid = grid or self.own_grid
+        self.prefix = int(cast(int, encoder.prefix))
+        self.takes_masks = bool(getattr(encoder, "takes_masks", isinstance(encoder, ViT)))
+        self.size, self.source = size, source
+        self.relation_heads: dict[int, int] = {}
+        self.pixels: Literal["normalised", "raw"] | None = None
         self.load_report: LoadReport | None = None
+        self.memo: dict[tuple[int, int, Taps], tuple[Features, Tensor, Mask | None]] | None = None
         scale, shift = renormalisation(students, own)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.renormalise = own != students
         if bf16:
-            for module in encoder.modules():
+            for module in self.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     module.to(torch.bfloat16)
         self.requires_grad_(False).eval()
 
-    def forward(self, images: Tensor, mask: Mask | None = None, taps: Taps | None = None) -> Features:
-        """Like the encoder's, without gradient."""
+    def heads_of(self, block: int) -> int:
+        """The number of heads that a block's relations were trained with: TinyMIM's last block has its own."""
+        return self.relation_heads.get(block, self.heads)
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """The student's images [B,3,h,w] in the teacher's normalisation and size."""
         if self.renormalise:
             images = images * self.scale + self.shift
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            features: Features = self.encoder(images, mask, taps=taps)
-        return features
+        if self.size and images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return images
+
+    def forward(self, images: Tensor, mask: Mask | None = None, taps: Taps | None = None) -> Features:
+        """Like the encoder's, without gradient. Between `Teachers.forget` calls, an equal question about the very same
+        tensors is answered once.
+        """
+        taps = taps or Taps()
+        if self.memo is None:
+            return self._answer(images, mask, taps)
+        question = (id(images), id(None if mask is None else mask.hidden), taps)
+        if question not in self.memo:
+            # Kept beside the answer: an id belongs to a tensor only while it lives.
+            self.memo[question] = (self._answer(images, mask, taps), images, mask)
+        return self.memo[question][0]
+
+    def decode(self, latent: Tensor, mask: Mask, mask_token: Tensor | None = None) -> Tensor:
+        """Pixels of the hidden patches [B,N-V,p*p*3] by the frozen decoder, from visible tokens [B,P+V,D], through
+        which gradients flow. See `Decoder.forward`.
+        """
+        assert self.decoder is not None, "the teacher was not asked to bring its decoder"
+        with torch.autocast(latent.device.type, torch.bfloat16, enabled=self.bf16):
+            predicted: Tensor = self.decoder(latent, mask, hidden_only=True, mask_token=mask_token)
+        return predicted
+
+    @torch.no_grad()
+    def _answer(self, images: Tensor, mask: Mask | None, taps: Taps) -> Features:
+        encoder_taps = replace(taps, decoded=(), tokens=taps.tokens or bool(taps.decoded))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            features: Features = self.encoder(self.inputs(images), mask, taps=encoder_taps)
+            if taps.decoded:
+                assert self.decoder is not None, "the teacher was not asked to bring its decoder"
+                assert mask is not None, "decoding needs a mask"
+                decoded = {i: self.decoder.features(features.latent, mask, i) for i in taps.decoded}
+                features = replace(features, decoded=decoded)
+        return features if features.grid == self.grid else features.resized(self.grid)
+
+
+class Teachers:
+    """Hands out teachers: equal requests get one object, so that trainings side by side share its work.
+
+    `module` is the user's own teacher, which then answers every request: a `Teacher`, or a module that can be made one.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
+        self.known: dict[str, Teacher] = {}
+
+    def find(self, config: Config, student: ViT, *, decoder: bool = False, masked: bool = False) -> Teacher:
+        """The teacher that `config.teacher` names, fitted to a student: `decoder` with its decoder, `masked` able to
+        drop the patches that are hidden from the student.
+
+        Raises `WeightsError` or `ConfigError` with the reason where it cannot be that.
+        """
+        settings, augment = config.teacher, config.data.augment
+        key = f"{settings.model_dump_json()} {student.shape.image_size} {student.grid} {augment.mean} {augment.std}"
+        teacher = self.known.get(key)
+        if self.module is not None:
+            own = self.module
+            teacher = own if isinstance(own, Teacher) else Teacher(own, students=(augment.mean, augment.std))
+        elif teacher is None or (decoder and teacher.decoder is None):
+            loaded = load_teacher(
+                settings,
+                student,
+                decoder=decoder,
+                mean=augment.mean,
+                std=augment.std,
+                accelerator=config.speed.accelerator,
+            )
+            if teacher is None:
+                teacher = loaded
+            teacher.decoder = loaded.decoder
+        self.known[key] = teacher
+        _check_use(teacher, student, decoder, masked)
+        return teacher
+
+    def forget(self) -> None:
+        """From now on, teachers remember their answers, until this is called again: once per step."""
+        for teacher in self.known.values():
+            teacher.memo = {}
 
 
 def load_teacher(
@@ -83,52 +190,77 @@ def load_teacher(
     std: Channels = IMAGENET_STD,
     accelerator: Literal["auto"] | Accelerator = "auto",
 ) -> Teacher:
-    """The teacher that settings name, checked against the student it will teach.
+    """The teacher that settings name, its input sized for the student it will teach.
 
     `mean`, `std`: how the student's images are normalised. `accelerator`: where it will run (`speed.accelerator`).
-    Raises `WeightsError` when the file does not fit, when its grid of patches or its class token differ from the
-    student's, or when a decoder is needed and absent.
+    Raises `WeightsError` when the file does not fit, or when a decoder is needed and not wholly there.
     """
     assert settings.path is not None
+    native = computes_in_bf16(choose_accelerator(accelerator))
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and native)
     checkpoint = open_checkpoint(settings.path)
-    size = student.shape.image_size
-    shape = _shape(settings, checkpoint, size)
-    if size % shape.patch or size // shape.patch != student.grid[0]:
-        patches = f"{size / shape.patch:.4g}"
-        raise WeightsError(
-            f"teacher {checkpoint.source} sees {size} px images as {patches} x {patches} patches of {shape.patch} px, "
-            f"the student as {student.grid[0]} x {student.grid[1]} of {student.patch} px; give both the same patch "
-            f"(encoder.patch={shape.patch})"
-        )
-    if shape.class_token != bool(student.prefix):
-        raise WeightsError(
-            f"teacher {checkpoint.source} has {'a' if shape.class_token else 'no'} class token, "
-            f"the student {'one' if student.prefix else 'none'}; "
-            f"set encoder.class_token={str(shape.class_token).lower()}"
-        )
+    shape = _shape(settings, checkpoint)
+    if settings.grid == "input":
+        shape = replace(shape, image_size=student.grid[0] * shape.patch)
     encoder = ViT(shape)
     report = fill_encoder(encoder, checkpoint)
-    native = computes_in_bf16(choose_accelerator(accelerator))
     teacher = Teacher(
         encoder,
         load_decoder(checkpoint, encoder) if decoder else None,
-        bf16=settings.precision == "bf16" or (settings.precision == "auto" and native),
+        bf16=bf16,
         own=(checkpoint.mean, checkpoint.std),
         students=(mean, std),
+        size=shape.image_size,
+        grid=student.grid,
+        source=checkpoint.source,
     )
     teacher.load_report = report
+    teacher.relation_heads = {int(block): int(heads) for block, heads in checkpoint.info.get("heads_of", {}).items()}
+    teacher.pixels = checkpoint.pixels
     return teacher
 
 
-def _shape(settings: TeacherSettings, checkpoint: Checkpoint, image_size: int) -> ViTShape:
+def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> None:
+    """Raises where a teacher cannot do what a method asks of it."""
+    if teacher.grid != student.grid:
+        theirs, ours = (f"{rows} x {columns}" for rows, columns in (teacher.grid, student.grid))
+        raise WeightsError(
+            f"{teacher.source} answers with {theirs} patches, the student sees {ours}; resize its input or its answer, "
+            "or give the student another encoder.image_size or encoder.patch"
+        )
+    if decoder and teacher.decoder is None:
+        raise WeightsError(f"{teacher.source} holds no decoder, and this method teaches through the teacher's decoder")
+    if not masked:
+        return
+    if not teacher.takes_masks:
+        raise ConfigError(
+            f"{teacher.source} is a {type(teacher.encoder).__name__}, which sees whole images only, and this method "
+            "hides the same patches from student and teacher; use a method that shows whole images (tinymim, mimhd), "
+            "or a plain ViT that mimlet reads itself (a weights file, or timm:NAME)"
+        )
+    if teacher.own_grid != teacher.grid:
+        raise ConfigError(
+            f"{teacher.source} sees {teacher.own_grid[0]} x {teacher.own_grid[1]} patches, the student "
+            f"{student.grid[0]} x {student.grid[1]}, and this method hides the same ones from both; "
+            "set teacher.grid=input"
+        )
+    if teacher.prefix != student.prefix:
+        raise WeightsError(
+            f"teacher {teacher.source} has {'a' if teacher.prefix else 'no'} class token, "
+            f"the student {'one' if student.prefix else 'none'}; "
+            f"set encoder.class_token={str(bool(teacher.prefix)).lower()}"
+        )
+
+
+def _shape(settings: TeacherSettings, checkpoint: Checkpoint) -> ViTShape:
     """The teacher's architecture. `settings.name` says the head count, and what else the file has to be."""
     if not settings.name:
-        return shape_of_checkpoint(checkpoint, settings.heads, image_size)
+        return shape_of_checkpoint(checkpoint, settings.heads)
     if settings.name not in SIZES:
         known = f"{nearest(settings.name, SIZES)}; known: {', '.join(SIZES)}"
         raise ConfigError(f"unknown teacher.name '{settings.name}'{known}")
     size = SIZES[settings.name]
-    shape = shape_of_checkpoint(checkpoint, settings.heads or size.heads, image_size)
+    shape = shape_of_checkpoint(checkpoint, settings.heads or size.heads)
     if (shape.dim, shape.depth) != (size.dim, size.depth):
         raise WeightsError(
             f"teacher {checkpoint.source} has width {shape.dim} and {shape.depth} blocks, but a {settings.name} has "

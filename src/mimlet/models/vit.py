@@ -77,7 +77,7 @@ class ViT(nn.Module):
     relative ones).
     """
 
-    def __init__(self, shape: ViTShape, drop_path: float = 0.0) -> None:
+    def __init__(self, shape: ViTShape, drop_path: float = 0.0, constant_drop_path: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.patch, self.dim, self.depth, self.heads = shape.patch, shape.dim, shape.depth, shape.heads
@@ -89,7 +89,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.units, shape.dim))
         relative = self.grid if shape.relative != "none" else None
-        rates = torch.linspace(0, drop_path, shape.depth).tolist()
+        rates = torch.linspace(drop_path if constant_drop_path else 0, drop_path, shape.depth).tolist()
         self.blocks = nn.ModuleList(
             Block(
                 shape.dim,
@@ -251,6 +251,7 @@ class ViT(nn.Module):
             raise ConfigError(
                 "a plain ViT has no pyramid levels; ask for hidden=(...) and resize, or use a hierarchical encoder"
             )
+        assert not taps.decoded, "an encoder has no decoder; ask a teacher that carries one"
 
 
 def shape_of(settings: EncoderSettings) -> ViTShape:
@@ -268,4 +269,4 @@ def shape_of(settings: EncoderSettings) -> ViTShape:
 
 def build_encoder(settings: EncoderSettings) -> ViT:
     """A freshly initialised (MAE's init) encoder. Weights are loaded by `mimlet.models.weights`."""
-    return ViT(shape_of(settings), settings.drop_path)
+    return ViT(shape_of(settings), settings.drop_path, settings.drop_path_rule == "constant")

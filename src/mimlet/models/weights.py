@@ -61,8 +61,9 @@ class Checkpoint:
     """A file's tensors by part, under bare official names.
 
     `encoder`: cls_token, blocks.0...; `decoder`: decoder_embed..., mask_token; `head`: fc_norm, head... `ignored` maps
-    what was left aside to the reason. `heads` and `decoder_heads` are stated by the file, else 0; `customs` are the
-    head counts that encoders of this width and origin have. `shape` and `info` are what our files store.
+    what was left aside to the reason. `heads`, `decoder_heads` and `decoder_pixels` are stated by the file, else 0 or
+    none; `customs` are the head counts that encoders of this width and origin have. `shape` and `info` are what our
+    files store.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Checkpoint:
     heads: int = 0
     customs: tuple[int, ...] = ()
     decoder_heads: int = 0
+    decoder_pixels: Literal["normalised", "raw"] | None = None
     shape: ViTShape | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,14 @@ class Checkpoint:
     def std(self) -> Channels:
         """Channel deviations that the encoder's input is normalised with."""
         return _triple(self.info.get("std", IMAGENET_STD))
+
+    @property
+    def pixels(self) -> Literal["normalised", "raw"] | None:
+        """What the decoder was trained to predict: as our files say, or as the official files' names do."""
+        if self.decoder_pixels:
+            return self.decoder_pixels
+        name = Path(self.source).name
+        return "raw" if name.startswith("mae_visualize_") else "normalised" if name.endswith("_full.pth") else None
 
     @property
     def depth(self) -> int:
@@ -178,7 +188,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if not (path / DECODER_FILE).is_file():
         return checkpoint
     decoder, metadata = read_tensors(path / DECODER_FILE)
-    return replace(checkpoint, decoder=decoder, decoder_heads=_info(path / DECODER_FILE, metadata).get("heads", 0))
+    info = _info(path / DECODER_FILE, metadata)
+    return replace(
+        checkpoint, decoder=decoder, decoder_heads=info.get("heads", 0), decoder_pixels=info.get("pixels", None)
+    )
 
 
 def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int = 0) -> ViTShape:
@@ -365,12 +378,12 @@ def encoder_state(encoder: ViT) -> dict[str, Tensor]:
     }
 
 
-def save_decoder(path: Path, decoder: Decoder) -> None:
-    """Writes a decoder under its official names, with its head count."""
+def save_decoder(path: Path, decoder: Decoder, normalised: bool) -> None:
+    """Writes a decoder under its official names, with its head count and whether it predicts normalised pixels."""
     state = decoder.state_dict()
     heads = next((block.attn.heads for block in decoder.blocks if isinstance(block, Block)), 0)
     official = {name if name == "mask_token" else f"decoder_{name}": value for name, value in state.items()}
-    save_weights(path, official, {"kind": "decoder", "heads": heads})
+    save_weights(path, official, {"kind": "decoder", "heads": heads, "pixels": "normalised" if normalised else "raw"})
 
 
 def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:

@@ -23,6 +23,7 @@ from mimlet.tasks.metrics import evaluating
 
 if TYPE_CHECKING:
     from mimlet.config import Config
+    from mimlet.models.teacher import Teachers
 
 
 class Classify(Task):
@@ -68,7 +69,7 @@ class Classify(Task):
             )
 
     @classmethod
-    def build(cls, config: Config, classes: int = 0) -> Classify:
+    def build(cls, config: Config, classes: int = 0, teachers: Teachers | None = None) -> Classify:
         """From a configuration. What `encoder.weights` does not give keeps a classifier's initialisation."""
         settings = config.method
         assert isinstance(settings, ClassifySettings)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
     from mimlet.config import Config
+    from mimlet.models.teacher import Teachers
 
 Pool = Literal["mean", "class"]
 Labelled = tuple[Tensor, Tensor]
@@ -62,7 +63,7 @@ class LinearProbe(Task):
         self.weights = {"classification": 1.0}
 
     @classmethod
-    def build(cls, config: Config, classes: int = 0) -> LinearProbe:
+    def build(cls, config: Config, classes: int = 0, teachers: Teachers | None = None) -> LinearProbe:
         """From a configuration, which names the encoder's weights."""
         settings = config.method
         assert isinstance(settings, LinearProbeSettings)
