@@ -15,7 +15,7 @@ from mimlet.cli import app, main
 from mimlet.config import recipe_paths, validate
 from mimlet.errors import DataError, TrainingStopped
 
-VERBS = ["pretrain", "finetune", "probe", "evaluate", "export", "report", "recipes", "demo"]
+VERBS = ["pretrain", "finetune", "compare", "probe", "evaluate", "export", "report", "recipes", "demo"]
 SCRIPT = "import sys; from mimlet.cli import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
 
 
@@ -243,7 +243,8 @@ def test_the_other_verbs_hand_on_what_they_are_given(place: Path, api: Recorder)
     )
     for line in lines:
         assert main(line.split()) == 0
-    probe = {"data": ["photos"], "eval": ["photos"], "kind": "knn", "out": None, "overrides": ["data.subset=5"]}
+    probe = {"data": ["photos"], "eval": ["photos"], "kind": "knn", "layer": 0, "out": None}
+    probe["overrides"] = ["data.subset=5"]
     assert api.calls == [
         ("probe", ("runs/tiny",), probe),
         ("evaluate", ("runs/tiny",), {"data": [], "out": None}),

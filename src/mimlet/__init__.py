@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mimlet.api import demo, evaluate, export, finetune, pretrain, probe, report, sweep, train
+    from mimlet.api import compare, demo, evaluate, export, finetune, pretrain, probe, report, sweep, train
     from mimlet.config import Config, load_config
     from mimlet.errors import UserError
     from mimlet.models.features import Features, Taps
@@ -23,6 +23,7 @@ __all__ = [
     "Features",
     "Taps",
     "UserError",
+    "compare",
     "demo",
     "evaluate",
     "export",

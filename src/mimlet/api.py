@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -24,6 +25,7 @@ from mimlet.config import OPTIONS, Config, load_config, merge, nest, read_recipe
 from mimlet.data.augment import evaluation_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
+from mimlet.data.joint import JointDataset
 from mimlet.data.loader import evaluation_batches, steps_per_epoch, training_batches
 from mimlet.data.seeding import key
 from mimlet.data.source import Source, open_source
@@ -41,15 +43,16 @@ from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, LoadReport, load
 from mimlet.report import Picture, reconstruction_grid, write_report
 from mimlet.run import RunFolder, read_run
 from mimlet.tasks.classify import Classify
+from mimlet.tasks.heads import head_losses
 from mimlet.tasks.metrics import Scores, evaluate_classifier
-from mimlet.tasks.probe import extract_features, knn_probe, logistic_probe
+from mimlet.tasks.probe import Labelled, extract_features, knn_probe, logistic_probe
 from mimlet.train.distributed import make_fabric
-from mimlet.train.loop import FitResult, fit
+from mimlet.train.loop import FitResult, Job, fit_together
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["demo", "evaluate", "export", "finetune", "pretrain", "probe", "report", "sweep", "train"]
+__all__ = ["compare", "demo", "evaluate", "export", "finetune", "pretrain", "probe", "report", "sweep", "train"]
 
 Paths = str | Path | Sequence[str | Path]
 """Where images are: one path or several."""
@@ -81,72 +84,160 @@ def train(
     `config.teacher` (see `mimlet.Teacher`). Raises `UserError` for what the user can repair,
     `TrainingStopped` after a signal.
     """
-    if not config.run.out:
-        raise ConfigError("run.out is not set: give the folder that the run is written to")
+    return _train_together([config], resume, allow_changes, command, Teachers(teacher))[0]
+
+
+def compare(
+    configs: Sequence[Config],
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    command: str = "",
+    teacher: nn.Module | None = None,
+) -> list[TrainResult]:
+    """Trains several methods or students side by side on the same images, each into its own `run.out`.
+
+    Images are read once. A teacher that several of them share answers once per distinct view, mask and set of taps.
+    Each result equals that of `train`, bit for bit on a CPU with as many threads. Data, seed, schedule and speed must
+    agree; encoder, method, teacher, augmentation and optimiser may differ. Where one fails, the others are finished,
+    then `RunError` is raised. For the rest see `train`.
+    """
+    if len(configs) < 2:
+        raise ConfigError(f"compare trains two or more side by side, got {len(configs)}; use pretrain or finetune")
+    first, outs = configs[0], [config.run.out for config in configs]
+    if len(set(outs)) < len(outs):
+        raise ConfigError(f"every training needs a folder of its own, got run.out {', '.join(map(str, outs))}")
+    if len({METHODS[config.method.name].labels for config in configs}) > 1:
+        raise ConfigError("methods with and without labels cannot be trained side by side; compare them apart")
+    for config in configs[1:]:
+        differ = [
+            f"{section}.{name} {getattr(getattr(first, section), name)} and {getattr(getattr(config, section), name)}"
+            for section in ("data", "schedule", "speed")
+            for name in type(getattr(first, section)).model_fields
+            if name != "augment" and getattr(getattr(first, section), name) != getattr(getattr(config, section), name)
+        ]
+        differ += [f"seed {first.seed} and {config.seed}"] if first.seed != config.seed else []
+        if differ:
+            raise ConfigError(f"trainings side by side share data and schedule, these differ: {'; '.join(differ)}")
+    return _train_together(configs, resume, allow_changes, command, Teachers(teacher))
+
+
+def _train_together(
+    configs: Sequence[Config], resume: bool, allow_changes: bool, command: str, teachers: Teachers
+) -> list[TrainResult]:
+    config = configs[0]
     fabric = make_fabric(config.speed)
     say = _teller(fabric)
-    entry = METHODS[config.method.name]
-    data = config.data
-    source = open_source(data.path, labelled=entry.labels, index=data.index)
-    indices = choose(source.labels, data.subset, data.subset_seed, map(source.name, range(len(source))))
-    say(source.describe() + (f"; {len(indices):,} of them used (subset {data.subset})" if data.subset else ""))
-    judge_source = None
-    if data.eval:
-        judge_source = open_source(data.eval, labelled=True, index=data.index, classes=source.classes)
-        say(f"judged on {judge_source.describe()}")
+    labelled = METHODS[config.method.name].labels
+    source = open_source(config.data.path, labelled=labelled, index=config.data.index)
+    trainings = [_Training(each, source, fabric, teachers, say) for each in configs]
+    joint = JointDataset([training.dataset for training in trainings])
+    per_epoch = steps_per_epoch(len(joint), config.schedule.batch)
+    normalisations = [(each.data.augment.mean, each.data.augment.std) for each in configs]
 
-    torch.manual_seed(key("init", config.seed))
-    method = entry.load().build(config, len(source.classes) if entry.labels else 0, Teachers(teacher))
-    found = (getattr(part, "load_report", None) for part in (method, getattr(method, "teacher", None)))
-    loaded = [report for report in found if isinstance(report, LoadReport)]
-    for report in loaded:
-        say(str(report))
-    size = config.encoder.image_size
-    dataset = ImageDataset(
-        source, method.transform(data.augment, size), method.masks(), seed=config.seed, indices=indices
-    )
-    per_epoch = steps_per_epoch(len(dataset), config.schedule.batch)
-    workers = loader_workers(config.speed.workers, fabric)
-
-    def batches(start_step: int, total_steps: int) -> Generator[Batch, None, None]:
-        return training_batches(
-            dataset,
+    def batches(start_step: int, total_steps: int) -> Generator[Sequence[Batch], None, None]:
+        stream = training_batches(
+            joint,
             batch=config.schedule.batch,
             accumulate=config.speed.accumulate,
             rank=fabric.global_rank,
             world=fabric.world_size,
             start_step=start_step,
             total_steps=total_steps,
-            workers=workers,
+            workers=loader_workers(config.speed.workers, fabric),
             pin_memory=fabric.device.type == "cuda",
         )
+        with closing(stream):
+            for batch in stream:
+                yield batch.prepare(fabric.device, normalisations).batches
 
-    scores: list[Scores] = []
+    with ExitStack() as runs:
+        jobs = []
+        for training in trainings:
+            run = None
+            if fabric.is_global_zero:
+                run = training.open(resume, allow_changes, shlex.split(command))
+                runs.callback(run.close)
+            evaluate = training.evaluate if training.judge_source else None
+            jobs.append(Job(training.method, training.config, run, evaluate))
+        if len(configs) > 1:
+            teachers.forget()
+        results = fit_together(
+            jobs, fabric, batches, per_epoch, after_piece=teachers.forget if len(configs) > 1 else lambda: None
+        )
+        failed = {}
+        for training, result in zip(trainings, results, strict=True):
+            if isinstance(result, RunError):
+                failed[training.folder.name] = result
+            elif fabric.is_global_zero:
+                training.finish(result)
+    if len(configs) == 1:
+        for error in failed.values():
+            raise error
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(configs)} trainings failed, the others are finished: "
+            + "; ".join(f"{name}: {error}" for name, error in failed.items())
+        )
+    return [
+        TrainResult(training.folder, result)
+        for training, result in zip(trainings, results, strict=True)
+        if isinstance(result, FitResult)
+    ]
 
-    def evaluate_task(task: Method) -> dict[str, float]:
+
+class _Training:
+    """What a configuration needs to be trained: method, data set, judge, run folder."""
+
+    def __init__(
+        self, config: Config, source: Source, fabric: Fabric, teachers: Teachers, say: Callable[[str], None]
+    ) -> None:
+        if not config.run.out:
+            raise ConfigError("run.out is not set: give the folder that the run is written to")
+        self.config, self.source, self.fabric, self.say = config, source, fabric, say
+        self.folder = Path(config.run.out)
+        entry, data = METHODS[config.method.name], config.data
+        indices = choose(source.labels, data.subset, data.subset_seed, map(source.name, range(len(source))))
+        say(source.describe() + (f"; {len(indices):,} of them used (subset {data.subset})" if data.subset else ""))
+        self.judge_source: Source | None = None
+        if data.eval:
+            self.judge_source = open_source(data.eval, labelled=True, index=data.index, classes=source.classes)
+            say(f"judged on {self.judge_source.describe()}")
+        self.scores: Scores | None = None
+
+        torch.manual_seed(key("init", config.seed))
+        self.method = entry.load().build(config, len(source.classes) if entry.labels else 0, teachers)
+        found = (getattr(part, "load_report", None) for part in (self.method, getattr(self.method, "teacher", None)))
+        self.loaded = [report for report in found if isinstance(report, LoadReport)]
+        for report in self.loaded:
+            say(str(report))
+        transform = self.method.transform(data.augment, config.encoder.image_size)
+        self.dataset = ImageDataset(source, transform, self.method.masks(), seed=config.seed, indices=indices)
+
+    def open(self, resume: bool, allow_changes: bool, command: list[str]) -> RunFolder:
+        """Makes or reopens the run folder."""
+        run = RunFolder.create(self.folder, self.config, resume=resume, allow_changes=allow_changes, command=command)
+        if self.loaded:
+            text = json.dumps([asdict(report) for report in self.loaded], indent=2) + "\n"
+            write_atomic(self.folder / "loaded.json", text)
+        return run
+
+    def evaluate(self, task: Method) -> dict[str, float]:
+        """Judges the method on `data.eval`."""
         assert isinstance(task, Task)
-        assert judge_source is not None
-        first = not scores
-        scores[:] = [_judge(task.predict, judge_source, config, len(source.classes), fabric, workers)]
-        if first and (left_out := _left_out(judge_source, scores[0])):
-            say(f"judged on {judge_source.describe()}{left_out}")
-        return scores[0].summary()
+        assert self.judge_source is not None
+        first = self.scores is None
+        workers = loader_workers(self.config.speed.workers, self.fabric)
+        classes = len(self.source.classes)
+        self.scores = _judge(task.predict, self.judge_source, self.config, classes, self.fabric, workers)
+        if first and (left_out := _left_out(self.judge_source, self.scores)):
+            self.say(f"judged on {self.judge_source.describe()}{left_out}")
+        return self.scores.summary()
 
-    folder = Path(config.run.out)
-    run = None
-    if fabric.is_global_zero:
-        run = RunFolder.create(folder, config, resume=resume, allow_changes=allow_changes, command=shlex.split(command))
-    try:
-        if run is not None and loaded:
-            write_atomic(folder / "loaded.json", json.dumps([asdict(report) for report in loaded], indent=2) + "\n")
-        result = fit(method, config, fabric, batches, per_epoch, run=run, evaluate=evaluate_task if data.eval else None)
-        if run is not None:
-            _finish(method, config, folder, source, dataset, scores[0] if scores else None, fabric)
-            say(_closing(folder, result))
-    finally:
-        if run is not None:
-            run.close()
-    return TrainResult(folder, result)
+    def finish(self, result: FitResult) -> None:
+        """Leaves what a finished run leaves."""
+        _finish(self.method, self.config, self.folder, self.source, self.dataset, self.scores, self.fabric)
+        self.say(_closing(self.folder, result))
 
 
 def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
@@ -193,17 +284,21 @@ def probe(
     *,
     data: Paths,
     eval: Paths,
-    kind: Literal["quick", "linear", "knn"] = "quick",
+    kind: Literal["quick", "linear", "knn", "heads"] = "quick",
+    layer: int = 0,
     out: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, float]:
     """Judges a frozen encoder by what a simple classifier can read from it.
 
     quick: logistic regression on mean patch features; knn: weighted neighbours; linear: MAE's protocol, trained by
-    the loop into `out` (default: `probe_linear` in the run).
+    the loop into `out` (default: `probe_linear` in the run); heads: what quick loses without each head of block `layer`
+    (from 1; 0: the last), as `head_1`, ... beside `top1`.
     """
     settings = read_run(run).config
     data, eval = _paths(data), _paths(eval)
+    if layer and kind != "heads":
+        raise ConfigError(f"probe --kind {kind} judges the whole encoder; --layer {layer} is for --kind heads")
     if kind == "linear":
         return _linear_probe(Path(run), settings, data, eval, out, overrides)
     if overrides:
@@ -214,20 +309,31 @@ def probe(
     train_source = open_source(data, labelled=True)
     test_source = open_source(eval, labelled=True, classes=train_source.classes)
     augment = settings.data.augment
-    pool: Literal["mean", "class"] = "mean"
-    parts = []
-    for name, source in (("training images", train_source), ("test images", test_source)):
+
+    def features(source: Source, title: str) -> Labelled:
         dataset = ImageDataset(source, evaluation_transform(augment, encoder.shape.image_size), train=False)
         batches = evaluation_batches(dataset, batch=256, workers=loader_workers(settings.speed.workers, fabric))
         total = -(-len(dataset) // 256)
-        parts.append(
-            extract_features(encoder, batches, fabric.device, augment.mean, augment.std, pool, total=total, title=name)
+        return extract_features(
+            encoder, batches, fabric.device, augment.mean, augment.std, "mean", total=total, title=title
         )
-    train_part, test_part = parts
-    result = logistic_probe(train_part, test_part) if kind == "quick" else knn_probe(train_part, test_part)
-    row: dict[str, object] = {"probe": kind, "train": len(parts[0][0]), "test": len(parts[1][0]), **result}
-    _print_table(f"{run}", [row])
-    _write_csv(Path(out or run) / f"probe_{kind}.csv", [row])
+
+    train_part = features(train_source, "training images")
+    if kind == "heads":
+        whole, losses = head_losses(encoder, layer, train_part, lambda title: features(test_source, title))
+        layer = layer or encoder.depth
+        rows: list[dict[str, object]] = [
+            {"block": layer, "head": head, "top1": whole - loss, "lost": loss} for head, loss in enumerate(losses, 1)
+        ]
+        result = {"top1": whole, **{f"head_{head}": loss for head, loss in enumerate(losses, 1)}}
+        title = f"{run}: top-1 without each head of block {layer}; {whole:.2f} with all"
+    else:
+        test_part = features(test_source, "test images")
+        result = (logistic_probe if kind == "quick" else knn_probe)(train_part, test_part)
+        rows = [{"probe": kind, "train": len(train_part[0]), "test": len(test_part[0]), **result}]
+        title = f"{run}"
+    _print_table(title, rows)
+    _write_csv(Path(out or run) / f"probe_{kind}.csv", rows)
     return result
 
 

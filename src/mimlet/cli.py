@@ -172,14 +172,52 @@ def finetune(
 
 
 @app.command()
+def compare(
+    context: typer.Context,
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [[RECIPE:]SECTION.KEY=VALUE...]",
+            help="Two or more recipes, then settings of all of them, or of one: mimhd_tiny:method.relations.weight=2",
+        ),
+    ],
+    data: Data = None,
+    eval: Eval = None,
+    teacher: TeacherPath = None,
+    teacher_heads: TeacherHeads = None,
+    encoder: EncoderPath = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="Holds one run folder per recipe.")] = "runs/compare",
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: LR = None,
+    seed: Seed = None,
+    workers: Workers = None,
+    devices: Devices = None,
+    precision: Precision = None,
+    subset: Subset = None,
+    resume: Resume = False,
+    allow_changes: AllowChanges = False,
+    smoke: Smoke = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train several methods or students side by side: one pass over the images, one pass of a shared teacher."""
+    _compare(context.params, context.obj)
+
+
+@app.command()
 def probe(
     run: Run,
     data: Data = None,
     eval: Eval = None,
     kind: Annotated[
-        Literal["quick", "linear", "knn"],
-        typer.Option(help="quick: logistic regression on frozen features; linear: MAE's protocol; knn: neighbours."),
+        Literal["quick", "linear", "knn", "heads"],
+        typer.Option(
+            help="quick: logistic regression on frozen features; linear: MAE's protocol; knn: neighbours; "
+            "heads: what each head of a block is worth to quick."
+        ),
     ] = "quick",
+    layer: Annotated[int, typer.Option(metavar="N", min=0, help="For heads: which block. Default: the last.")] = 0,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where results go. Default: into the run.")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -189,7 +227,7 @@ def probe(
     _check_paths("--eval", eval, needed=True)
     from mimlet import api
 
-    api.probe(run, data=data or [], eval=eval or [], kind=kind, out=out, overrides=overrides or [])
+    api.probe(run, data=data or [], eval=eval or [], kind=kind, layer=layer, out=out, overrides=overrides or [])
 
 
 @app.command()
@@ -294,6 +332,39 @@ def _train(verb: str, options: Mapping[str, Any], command: str) -> None:
         api.sweep(config, command=command)
     else:
         api.train(config, resume=options["resume"], allow_changes=options["allow_changes"], command=command)
+
+
+def _compare(options: Mapping[str, Any], command: str) -> None:
+    """Recipes and settings -> configurations -> cheap checks -> training side by side."""
+    chosen = [text for text in options["recipes"] if "=" not in text]
+    names = [Path(recipe).stem for recipe in chosen]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"'{twice[0]}' is given twice; save a changed copy under another name: mimlet recipes NAME")
+    overrides: dict[str, list[str]] = {name: [] for name in names}
+    for text in (text for text in options["recipes"] if "=" in text):
+        name, colon, _ = text.partition("=")[0].partition(":")
+        if colon and name not in overrides:
+            raise ConfigError(f"'{text}' is a setting of '{name}', which is not compared; recipes: {', '.join(names)}")
+        for each in [name] if colon else names:
+            overrides[each].append(text.removeprefix(f"{name}:") if colon else text)
+    configs = []
+    for recipe, name in zip(chosen, names, strict=True):
+        labels = METHODS.get(read_recipe(recipe).get("method", {}).get("name", ""), METHODS["mae"]).labels
+        verb = "finetune" if labels else "pretrain"
+        own = {**options, "recipe": recipe, "overrides": overrides[name], "out": f"{options['out']}/{name}"}
+        configs.append(_configure(verb, {**own, "resume": False}))
+    if options["dry_run"]:
+        typer.echo(f"[{', '.join(config.model_dump_json(indent=2) for config in configs)}]")
+        return
+    for config in configs:
+        check_inputs(config)
+    from mimlet import api
+
+    resume, allow_changes = options["resume"], options["allow_changes"]
+    results = api.compare(configs, resume=resume, allow_changes=allow_changes, command=command)
+    if len(results) == len(configs):
+        api.report([result.folder for result in results], out=f"{options['out']}/report.html")
 
 
 def _configure(verb: str, options: Mapping[str, Any]) -> Config:

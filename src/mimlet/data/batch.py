@@ -40,15 +40,10 @@ class Batch:
         return len(self.indices)
 
     def prepare(self, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
-        """Moves to the device and turns uint8 views into normalised float32: (x / 255 - mean) / std per channel."""
-        constants = ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
-        scale, shift = (torch.tensor(row).view(1, 3, 1, 1).to(device, non_blocking=True) for row in constants)
-        views = {}
-        for name, view in self.views.items():
-            moved = view.to(device, non_blocking=True)
-            if moved.dtype == torch.uint8:
-                moved = moved.float().mul_(scale).sub_(shift)
-            views[name] = moved
+        """Moves to the device and turns uint8 views into normalised float32: (x / 255 - mean) / std per channel. What
+        is there already stays the very same tensor.
+        """
+        views = {name: prepare_view(view, device, mean, std) for name, view in self.views.items()}
         return replace(
             self,
             views=views,
@@ -66,3 +61,13 @@ class Batch:
             masks={name: mask.pin_memory() for name, mask in self.masks.items()},
             labels=None if self.labels is None else self.labels.pin_memory(),
         )
+
+
+def prepare_view(view: Tensor, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """See `Batch.prepare`."""
+    moved = view.to(device, non_blocking=True)
+    if moved.dtype != torch.uint8:
+        return moved
+    constants = ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
+    scale, shift = (torch.tensor(row).view(1, 3, 1, 1).to(device, non_blocking=True) for row in constants)
+    return moved.float().mul_(scale).sub_(shift)

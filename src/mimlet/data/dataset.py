@@ -40,6 +40,16 @@ class Sample:
     dropped: bool = False
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded image [RGB], its position and label. `unreadable`: as in `Sample`."""
+
+    image: Image.Image
+    index: int
+    label: int
+    unreadable: tuple[str, str] | None
+
+
 class ImageDataset(Dataset[Sample | DataError]):
     """The images of a source, or those at `indices`, as samples. Item (e, i) is image i in epoch e.
 
@@ -74,6 +84,11 @@ class ImageDataset(Dataset[Sample | DataError]):
         return len(self.indices)
 
     def __getitem__(self, at: tuple[int, int]) -> Sample | DataError:
+        found = self.read(at)
+        return found if isinstance(found, DataError) else self.sample(at, found)
+
+    def read(self, at: tuple[int, int]) -> Decoded | DataError:
+        """The image of item (e, i), or the one that takes its place."""
         epoch, index = at
         unreadable: tuple[str, str] | None = None
         for used in self._candidates(epoch, index):
@@ -85,16 +100,21 @@ class ImageDataset(Dataset[Sample | DataError]):
                 if self.train:
                     continue
                 image = Image.new("RGB", (1, 1))
-            with seeded(key("sample", self.seed, epoch, index)):
-                views = self.transform(image)
-            draws = {}
-            for name, sampler in self.samplers.items():
-                generator = torch.Generator().manual_seed(key("mask", self.seed, epoch, index, name))
-                draws[name] = sampler.draw(generator)
-            dropped = unreadable is not None and not self.train
-            return Sample(views, used, self.source.label(row), draws, unreadable, dropped)
+            return Decoded(image, used, self.source.label(row), unreadable)
         assert unreadable is not None
         return DataError(f"{ATTEMPTS} images in a row cannot be read, the first being {unreadable[0]}: {unreadable[1]}")
+
+    def sample(self, at: tuple[int, int], found: Decoded) -> Sample:
+        """Item (e, i) made from its image: views and draws."""
+        epoch, index = at
+        with seeded(key("sample", self.seed, epoch, index)):
+            views = self.transform(found.image)
+        draws = {}
+        for name, sampler in self.samplers.items():
+            generator = torch.Generator().manual_seed(key("mask", self.seed, epoch, index, name))
+            draws[name] = sampler.draw(generator)
+        dropped = found.unreadable is not None and not self.train
+        return Sample(views, found.index, found.label, draws, found.unreadable, dropped)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The image itself, then others at random: broken files often lie together."""

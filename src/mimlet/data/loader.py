@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,22 @@ from mimlet.errors import ConfigError, DataError, RunError
 
 Place = tuple[int, int]
 """(epoch, position in the data set)"""
+
+B = TypeVar("B", covariant=True)
+
+
+class Items(Protocol[B]):
+    """A data set: `ImageDataset`, or several as a `JointDataset`. Errors are returned, not raised (see there)."""
+
+    seed: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: Place) -> Any: ...
+
+    def collate(self, samples: Any) -> B | DataError:
+        """Items -> batch."""
+        ...
 
 
 def steps_per_epoch(images: int, batch: int) -> int:
@@ -33,7 +50,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def training_batches(
-    dataset: ImageDataset,
+    dataset: Items[B],
     *,
     batch: int,
     accumulate: int = 1,
@@ -43,7 +60,7 @@ def training_batches(
     total_steps: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Generator[Batch, None, None]:
+) -> Generator[B, None, None]:
     """Micro-batches of the optimiser steps [start_step, total_steps), `accumulate` per step, for process `rank` of
     `world`.
 
@@ -126,9 +143,9 @@ class _TrainingOrder:
 
 
 def _batches(
-    dataset: ImageDataset, places: Iterable[list[Place]], workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
-    loader: DataLoader[Batch | DataError] = DataLoader(
+    dataset: Items[B], places: Iterable[list[Place]], workers: int, pin_memory: bool
+) -> Generator[B, None, None]:
+    loader: DataLoader[B | DataError] = DataLoader(
         dataset,  # type: ignore[arg-type]  # the loader is typed by what it yields
         batch_sampler=places,
         num_workers=workers,  # torch gives each of them one thread

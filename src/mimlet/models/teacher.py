@@ -102,6 +102,10 @@ class Teacher(nn.Module):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
         return images
 
+    def outputs(self, images: Tensor) -> Tensor:
+        """Images [B,3,h,w] in the teacher's normalisation, such as its decoder predicts, in the student's."""
+        return (images - self.shift) / self.scale
+
     def forward(self, images: Tensor, mask: Mask | None = None, taps: Taps | None = None) -> Features:
         """Like the encoder's, without gradient. Between `Teachers.forget` calls, an equal question about the very same
         tensors is answered once.
@@ -121,6 +125,7 @@ class Teacher(nn.Module):
         """
         assert self.decoder is not None, "the teacher was not asked to bring its decoder"
         with torch.autocast(latent.device.type, torch.bfloat16, enabled=self.bf16):
+            latent = latent if self.bf16 else latent.float()
             predicted: Tensor = self.decoder(latent, mask, hidden_only=True, mask_token=mask_token)
         return predicted
 
@@ -160,14 +165,15 @@ class Teachers:
             own = self.module
             teacher = own if isinstance(own, Teacher) else Teacher(own, students=(augment.mean, augment.std))
         elif teacher is None or (decoder and teacher.decoder is None):
-            loaded = load_teacher(
-                settings,
-                student,
-                decoder=decoder,
-                mean=augment.mean,
-                std=augment.std,
-                accelerator=config.speed.accelerator,
-            )
+            with torch.random.fork_rng(devices=[]):  # a student is initialised alike, whether its teacher is new or not
+                loaded = load_teacher(
+                    settings,
+                    student,
+                    decoder=decoder,
+                    mean=augment.mean,
+                    std=augment.std,
+                    accelerator=config.speed.accelerator,
+                )
             if teacher is None:
                 teacher = loaded
             teacher.decoder = loaded.decoder
@@ -243,6 +249,11 @@ def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> N
             f"{teacher.source} sees {teacher.own_grid[0]} x {teacher.own_grid[1]} patches, the student "
             f"{student.grid[0]} x {student.grid[1]}, and this method hides the same ones from both; "
             "set teacher.grid=input"
+        )
+    if teacher.prefix > 1:
+        raise WeightsError(
+            f"teacher {teacher.source} has a distillation token, which the student has not, and this method compares "
+            "the same tokens of both; give the encoder that its fine-tuning started from"
         )
     if teacher.prefix != student.prefix:
         raise WeightsError(

@@ -19,8 +19,8 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from time import perf_counter
@@ -48,6 +48,9 @@ from mimlet.train.distributed import Piece, Step, gather_objects, gather_rows, i
 
 Batches = Callable[[int, int], Generator[Batch, None, None]]
 """(first step, total steps) -> this process's micro-batches of those steps, `speed.accumulate` per step, on the CPU."""
+
+JointBatches = Callable[[int, int], Generator[Sequence[Batch], None, None]]
+"""The same for several trainings: of each micro-batch one `Batch` per training."""
 
 Evaluate = Callable[[Method], dict[str, float]]
 """Judges a method in eval mode, on every process. The evaluation whose first number is highest is the best one."""
@@ -98,6 +101,16 @@ class Plan:
         return step == self.total or bool(step and self.evaluate_every and step % self.evaluate_every == 0)
 
 
+@dataclass
+class Job:
+    """One of several trainings side by side: see `fit` for what its parts are."""
+
+    method: Method
+    config: Config
+    run: RunFolder | None = None
+    evaluate: Evaluate | None = None
+
+
 def fit(
     method: Method,
     config: Config,
@@ -115,12 +128,42 @@ def fit(
     finite (what led to it is written to the run folder, a checkpoint is not) or the disk refuses; `DataError` when too
     many files are unreadable.
     """
+
+    def alone(start_step: int, total_steps: int) -> Generator[tuple[Batch], None, None]:
+        with closing(batches(start_step, total_steps)) as stream:
+            for batch in stream:
+                yield (batch,)
+
+    result = fit_together([Job(method, config, run, evaluate)], fabric, alone, steps_per_epoch)[0]
+    if isinstance(result, RunError):
+        raise result
+    return result
+
+
+def fit_together(
+    jobs: Sequence[Job],
+    fabric: Fabric,
+    batches: JointBatches,
+    steps_per_epoch: int,
+    *,
+    after_piece: Callable[[], None] = lambda: None,
+) -> list[FitResult | RunError]:
+    """Trains several methods on the same images, piece by piece in turn; each result is that of its own training.
+
+    All have the same schedule, batch and accumulation. A resumed training that is behind the others catches up first.
+    One that fails (a loss that is not finite, a full disk) leaves its `RunError` as result, and the others go on. After
+    a signal all are saved. `after_piece` is called when every method has had a micro-batch.
+    """
+    config = jobs[0].config
     with _answered_signals(fabric.is_global_zero) as stop, plain_worker_errors():
-        loop = _Loop(method, config, fabric, Plan.make(config.schedule, steps_per_epoch), run, evaluate, stop)
-        stream = batches(loop.step, loop.plan.total)
+        plan = Plan.make(config.schedule, steps_per_epoch)
+        display = Display(plan.total, fabric.is_global_zero, [job.run.path.name for job in jobs if job.run])
+        loops = [_Loop(job, fabric, plan, stop, display) for job in jobs]
+        failed: dict[int, RunError] = {}
+        stream = batches(min(loop.step for loop in loops), plan.total)
         try:
-            with loop.display:
-                return loop.train(stream)
+            with display:
+                _take_turns(loops, stream, failed, after_piece)
         except torch.OutOfMemoryError as error:
             pieces, piece = config.speed.accumulate, config.schedule.batch // fabric.world_size
             raise RunError(
@@ -129,6 +172,67 @@ def fit(
             ) from error
         finally:
             stream.close()
+        return [failed.get(i) or loop.result() for i, loop in enumerate(loops)]
+
+
+def _take_turns(
+    loops: Sequence[_Loop],
+    stream: Iterator[Sequence[Batch]],
+    failed: dict[int, RunError],
+    after_piece: Callable[[], None],
+) -> None:
+    """All steps of all loops. Time that one of them takes is not counted as another's."""
+
+    @contextmanager
+    def turn(number: int) -> Iterator[_Loop]:
+        began = perf_counter()
+        try:
+            yield loops[number]
+        except RunError as error:
+            if len(loops) == 1:
+                raise
+            failed[number] = error
+            loops[number].say(f"failed and left out: {error}")
+        for other in loops:
+            if other is not loops[number]:
+                other.exclude(perf_counter() - began)
+
+    first, total = min(loop.step for loop in loops), loops[0].plan.total
+    batches: Sequence[Batch] | None = None
+    if first < total:
+        batches = next(stream)
+        stream = itertools.chain([batches], stream)
+    for i, loop in enumerate(loops):
+        with turn(i):
+            loop.begin(batches[i] if batches and loop.step < total else None)
+    for step in range(first, total):
+        due = [i for i, loop in enumerate(loops) if loop.step == step and i not in failed]
+        for i in due:
+            loops[i].begin_step()
+        for _ in range(loops[0].config.speed.accumulate):
+            began = perf_counter()
+            batches = next(stream)
+            for i in due:
+                loops[i].interval.waited += perf_counter() - began
+            for i in due:
+                with turn(i) as loop:
+                    loop.piece(batches[i])
+            after_piece()
+            due = [i for i in due if i not in failed]
+        stopped: dict[int, TrainingStopped] = {}
+        for i in due:
+            with turn(i) as loop:
+                try:
+                    loop.end_step()
+                except TrainingStopped as request:
+                    stopped[i] = request
+        if stopped:
+            for i in due:
+                if i not in stopped:
+                    loops[i].save()
+            raise next(iter(stopped.values()))
+        if len(failed) == len(loops):
+            return
 
 
 @dataclass
@@ -158,19 +262,11 @@ class _Interval:
 class _Loop:
     """A training under way. `step` counts the optimiser steps done."""
 
-    def __init__(
-        self,
-        method: Method,
-        config: Config,
-        fabric: Fabric,
-        plan: Plan,
-        run: RunFolder | None,
-        evaluate: Evaluate | None,
-        stop: _Stop,
-    ) -> None:
+    def __init__(self, job: Job, fabric: Fabric, plan: Plan, stop: _Stop, display: Display) -> None:
+        method, config, run = job.method, job.config, job.run
         self.method, self.config, self.fabric, self.plan = method, config, fabric, plan
-        self.run, self.evaluate, self.stop = run, evaluate, stop
-        self.display = Display(plan.total, fabric.is_global_zero)
+        self.run, self.evaluate, self.stop, self.display = run, job.evaluate, stop, display
+        self.name = run.path.name if run else ""
         self.checkpoints = Checkpoints(run.checkpoints, config.run.keep, self.say) if run else None
         self.step = 0
         self.began = self.saved_at = perf_counter()
@@ -204,51 +300,63 @@ class _Loop:
 
     def say(self, text: str) -> None:
         """Tells the user, and leaves a note in the run's metrics."""
-        self.display.say(text)
+        self.display.say(f"{self.display.prefix(self.name)}{text}")
         if self.run:
             self._record("note", {"text": text})
 
-    def train(self, stream: Iterator[Batch]) -> FitResult:
-        """The remaining steps."""
+    def exclude(self, seconds: float) -> None:
+        """These last seconds were somebody else's."""
+        self.began += seconds
+        self.interval.began += seconds
+
+    def begin(self, first: Batch | None) -> None:
+        """Before the first step; `first` is its first piece, None where nothing is left to do."""
         self.method.train()
         if self.plan.evaluates(self.step) and all(step != self.step for step, _ in self.evaluations):
             self._judge()
-        if self.step < self.plan.total:
-            stream = self._wrap(stream)
+        if first is not None:
+            self._wrap(first)
         self.interval = _Interval(self.step)
-        while self.step < self.plan.total:
-            self._one_step(stream)
-            self._between_steps()
+
+    def result(self) -> FitResult:
+        """After the last step."""
         self.method.eval()
         best_step, best = max(self.evaluations, key=lambda item: _score(item[1]), default=(0, {}))
         last = self.evaluations[-1][1] if self.evaluations else {}
         return FitResult(self.step, self.losses, last, best, best_step, self.seconds)
 
-    def _one_step(self, stream: Iterator[Batch]) -> None:
-        """Gradients of `accumulate` micro-batches, one step of the optimiser, then of the followers."""
-        clock, pieces = self._clock(), self.config.speed.accumulate
+    def begin_step(self) -> None:
+        """Sets the rate; no gradients yet."""
         self.lr = optim.learning_rate(self.step, self.plan.total, self.plan.warmup, self.peak, self.config.optim.min_lr)
         optim.set_learning_rate(self.optimizer, self.lr)
         self.optimizer.zero_grad()
-        sums: dict[str, Tensor] = {}
-        indices = []
-        for piece in range(pieces):
-            batch = self._next(stream)
-            indices.append(batch.indices)
-            _seed(key("step", self.config.seed, self.step, self.fabric.global_rank, piece))
-            with self.fabric.no_backward_sync(self.module, enabled=piece < pieces - 1):
-                losses: dict[str, Tensor] = self.module(Piece(self._prepare(batch), clock))
-                loss = weighted(losses, self.method.weights)
-                self.fabric.backward(loss / pieces)
-            for name, value in (*losses.items(), ("total", loss)):
-                share = value.detach() / pieces
-                sums[name] = sums[name] + share if name in sums else share
-        norm = self._update(clock)
+        self.sums: dict[str, Tensor] = {}
+        self.indices: list[Tensor] = []
+
+    def piece(self, batch: Batch) -> None:
+        """The gradients of one of `accumulate` micro-batches."""
+        number, pieces = len(self.indices), self.config.speed.accumulate
+        self.new_images += len(batch)
+        self.new_unreadable += batch.unreadable
+        self.indices.append(batch.indices)
+        _seed(key("step", self.config.seed, self.step, self.fabric.global_rank, number))
+        with self.fabric.no_backward_sync(self.module, enabled=number < pieces - 1):
+            losses: dict[str, Tensor] = self.module(Piece(self._prepare(batch), self._clock()))
+            loss = weighted(losses, self.method.weights)
+            self.fabric.backward(loss / pieces)
+        for name, value in (*losses.items(), ("total", loss)):
+            share = value.detach() / pieces
+            self.sums[name] = self.sums[name] + share if name in self.sums else share
+
+    def end_step(self) -> None:
+        """One step of the optimiser, then of the followers; then whatever is due."""
+        norm = self._update(self._clock())
         if norm is not None:
-            sums["grad_norm"] = norm
-        self.interval.losses.append(sums)
-        self.interval.indices.append(indices)
+            self.sums["grad_norm"] = norm
+        self.interval.losses.append(self.sums)
+        self.interval.indices.append(self.indices)
         self.step += 1
+        self._between_steps()
 
     def _update(self, clock: Clock) -> Tensor | None:
         """Everything after backward; the gradient norm where it is clipped."""
@@ -283,7 +391,7 @@ class _Loop:
         if logs:
             self._log({name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(means, start=4)})
         if saves or code or rows[0][1]:
-            self._save()
+            self.save()
         if code:
             name = signal.Signals(code - 128).name
             where = f"; saved in {self.run.path}, continue with --resume" if self.run else ""
@@ -305,7 +413,9 @@ class _Loop:
             "data_wait": interval.waited / (now - interval.began),
             "memory_mb": _memory(self.fabric.device),
         }
-        self.display.update(self.step, self._epoch(), self.losses, values, (self.plan.total - self.step) * per_step)
+        self.display.update(
+            self.name, self.step, self._epoch(), self.losses, values, (self.plan.total - self.step) * per_step
+        )
         self._record("train", values)
         self.interval = _Interval(self.step)
 
@@ -321,11 +431,11 @@ class _Loop:
             self.evaluations.append((self.step, values))
             self._record("eval", values)
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.display.say(f"step {self.step}, evaluation: {numbers}")
+            self.display.say(f"{self.display.prefix(self.name)}step {self.step}, evaluation: {numbers}")
             if best and self.run:
                 write_checked(self.run.checkpoints / "best.pt", {"step": self.step, "method": self._trained_state()})
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Writes a checkpoint, unless anything in it is not finite."""
         finite = [parameter.isfinite().all() for parameter in self.trained.values()]
         finite += [losses["total"].isfinite() for losses in self.interval.losses]
@@ -364,12 +474,10 @@ class _Loop:
         self.seconds_before = state["seconds"]
         self.say(f"resumed after step {self.step} of {self.plan.total}")
 
-    def _wrap(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """Hands the method to Fabric; returns the whole stream, of which a trial may have used the first piece."""
+    def _wrap(self, first: Batch) -> None:
+        """Hands the method to Fabric; `first` is a piece for a trial."""
         compiled, several = self.config.speed.compile, self.fabric.world_size > 1
         if compiled or several:
-            first = next(stream)
-            stream = itertools.chain([first], stream)
             trial = self._prepare(first)
             if compiled:
                 try:
@@ -381,7 +489,6 @@ class _Loop:
             if several:
                 self._mute(idle_parameters(self.method, self.fabric, trial, self._clock()))
         self.module = self.fabric.setup_module(Step(self.method))
-        return stream
 
     def _mute(self, idle: list[str]) -> None:
         """DDP would wait for these gradients for ever."""
@@ -389,14 +496,6 @@ class _Loop:
             self.trained[name].requires_grad_(False)
         if idle:
             self.say(f"{len(idle)} parameters get no gradient from this method and are left out, for example {idle[0]}")
-
-    def _next(self, stream: Iterator[Batch]) -> Batch:
-        before = perf_counter()
-        batch = next(stream)
-        self.interval.waited += perf_counter() - before
-        self.new_images += len(batch)
-        self.new_unreadable += batch.unreadable
-        return batch
 
     def _prepare(self, batch: Batch) -> Batch:
         augment = self.config.data.augment
@@ -472,13 +571,17 @@ class _Loop:
 
 
 class Display:
-    """Progress on the first process: a bar on a terminal, elsewhere a line per log, on standard error."""
+    """Progress on the first process: a bar on a terminal, elsewhere a line per log, on standard error.
 
-    def __init__(self, total: int, shown: bool) -> None:
-        self.total = total
+    Of several trainings (`names`) it shows each one's loss, when all have logged.
+    """
+
+    def __init__(self, total: int, shown: bool, names: Sequence[str]) -> None:
+        self.total, self.names = total, names
         self.console = Console(stderr=True, quiet=not shown)
         columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
+        self.waiting: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Display:
         if self.bar:
@@ -490,18 +593,36 @@ class Display:
         if self.bar:
             self.bar.stop()
 
+    def prefix(self, name: str) -> str:
+        """Which training a sentence is about, where there are several."""
+        return f"{name}: " if len(self.names) > 1 else ""
+
     def say(self, text: str) -> None:
         """A sentence."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(
-        self, step: int, epoch: float, losses: Mapping[str, float], values: Mapping[str, float], seconds_left: float
+        self,
+        name: str,
+        step: int,
+        epoch: float,
+        losses: Mapping[str, float],
+        values: Mapping[str, float],
+        seconds_left: float,
     ) -> None:
         """The newest averages, and the time left. A total of one loss is not repeated."""
         shown = losses if len(losses) > 2 else {"loss": losses["total"]}
+        if len(self.names) > 1:
+            self.waiting[name] = (losses["total"], seconds_left)
+            if name != self.names[-1]:
+                return
+            shown = {name: loss for name, (loss, _) in self.waiting.items()}
+            seconds_left = sum(left for _, left in self.waiting.values())
+            self.waiting = {}
+        speed = f"{values['images_per_second']:.4g} img/s  " if len(self.names) < 2 else ""
         text = (
             f"epoch {epoch:.2f}  {', '.join(f'{name} {value:.4f}' for name, value in shown.items())}  "
-            f"{values['images_per_second']:.4g} img/s  left {timedelta(seconds=round(seconds_left))}  "
+            f"{speed}left {timedelta(seconds=round(seconds_left))}  "
             f"lr {values['lr']:.2e}  data {values['data_wait']:.0%}  {values['memory_mb'] / 1000:.1f} GB"
         )
         if self.bar:
