@@ -12,20 +12,25 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+PEAK = Path("/proc/self/clear_refs")
+"""Linux: a 5 written here forgets the peak so far, which was reached while the model was built."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A contender, `file:function` of this folder, at a precision."""
+    """A contender, `file:function` of this folder, at a precision and with what else it takes."""
 
     label: str
     contender: str
     bf16: bool
+    options: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds of every counted step, peak resident memory in MB, and the last loss."""
+    """Seconds of every counted step, peak resident memory of the steps in MB, and the loss before the first."""
 
     seconds: list[float]
     memory: float
@@ -42,30 +47,34 @@ def serve(pipe: Connection, job: Job, batch: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     module, _, name = job.contender.partition(":")
-    step = getattr(import_module(f"benchmarks.{module}"), name)(batch, job.bf16)
-    loss = step()
-    pipe.send(loss)
+    step = getattr(import_module(f"benchmarks.{module}"), name)(batch, job.bf16, *job.options)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    if PEAK.exists():
+        PEAK.write_text("5")
+    pipe.send(step())
     while pipe.recv():
-        start = time.perf_counter()
-        loss = step()
-        pipe.send((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, loss))
+        start = clock()
+        step()
+        pipe.send((clock() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def measure(jobs: list[Job], batch: int, rounds: int, warmup: int = 1) -> dict[str, Measured]:
+def measure(
+    jobs: list[Job], batch: int, rounds: int, warmup: int = 1, threads: int = os.cpu_count() or 1
+) -> dict[str, Measured]:
     """Medians are over `rounds` steps each, after `warmup` uncounted rounds (and the step that every process starts
-    with).
+    with). Seconds are those of the clock, or of the processor with one thread, whom other work does not slow.
     """
-    context, threads = get_context("spawn"), os.cpu_count() or 1
-    pipes = {}
+    context = get_context("spawn")
+    pipes, losses = {}, {}
     processes = []
     for job in jobs:
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, job, batch, threads), daemon=True)
         process.start()
-        ours.recv()
+        losses[job.label] = ours.recv()
         pipes[job.label] = ours
         processes.append(process)
-    seen: dict[str, list[tuple[float, float, float]]] = {job.label: [] for job in jobs}
+    seen: dict[str, list[tuple[float, float]]] = {job.label: [] for job in jobs}
     for round_ in range(rounds + warmup):
         for label, pipe in pipes.items():
             pipe.send(True)
@@ -76,4 +85,4 @@ def measure(jobs: list[Job], batch: int, rounds: int, warmup: int = 1) -> dict[s
         pipe.send(False)
     for process in processes:
         process.join()
-    return {label: Measured([a[0] for a in got], got[-1][1], got[-1][2]) for label, got in seen.items()}
+    return {label: Measured([a[0] for a in got], got[-1][1], losses[label]) for label, got in seen.items()}

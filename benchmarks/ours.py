@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import RATIO, Step, images, trainer
+from benchmarks.plain import Case, fill, noises
+from mimlet.config import validate
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
-from mimlet.methods.base import Clock
-from mimlet.methods.dmae import DMAE
+from mimlet.methods.base import Clock, Method
 from mimlet.methods.mae import MAE, build_decoder
-from mimlet.methods.settings import DecoderSettings
-from mimlet.models.teacher import Teacher
+from mimlet.methods.settings import METHODS, DecoderSettings
+from mimlet.models.decoders import Decoder
+from mimlet.models.teacher import Teacher, Teachers
 from mimlet.models.vit import ViT, ViTShape
 
 
@@ -29,20 +34,59 @@ def mimlet_mae(batch: int, bf16: bool) -> Step:
     return trainer(method, loss, bf16, fused=True)
 
 
-def d2mae(bf16: bool) -> DMAE:
-    """The released D²-MAE: decoder on block 8, attention of an extra block against block 12 of a ViT-Base."""
-    encoder = ViT(ViTShape())
-    teacher = Teacher(ViT(ViTShape(dim=768, depth=12, heads=12)), bf16=bf16)
-    decoder = build_decoder(encoder, DecoderSettings())
-    return DMAE(encoder, decoder, teacher, attention=[(13, 12)], decode_layer=8, extra_block=True)
+def settings(case: Case) -> dict[str, Any]:
+    """The section `method` of a case."""
+    relations = {"teacher_layer": case.teacher_block}
+    adaptive = {"heads": "adaptive", **relations}
+    sections: dict[str, dict[str, Any]] = {
+        "dmae": {"name": "dmae"},
+        "d2mae": {"name": "dmae", "decode_layer": case.decoded_block, "extra_block": True},
+        "dmae_features": {"name": "dmae_features"},
+        "tinymim": {"name": "tinymim", "relations": relations},
+        "mimhd_relations": {"name": "mimhd", "reconstruct": False, "relations": adaptive},
+        "mimhd": {"name": "mimhd", "relations": adaptive},
+        "g2sd": {"name": "g2sd", "decoder": asdict(case.student_decoder)},
+    }
+    return sections[case.method]
 
 
-def mimlet_d2mae(batch: int, bf16: bool) -> Step:
-    method, pixels, clock = d2mae(bf16), images(batch), Clock(0, 1, 1, 0)
+def method(case: Case, bf16_teacher: bool) -> Method:
+    """The method of a case with a teacher of random weights."""
+    student, large = case.student, case.teacher
+    config = validate(
+        {
+            "encoder": {
+                "name": "vit_tiny", "image_size": case.size, "patch": case.patch,
+                "dim": student.dim, "depth": student.depth, "heads": student.heads,
+            },
+            "method": settings(case),
+            "teacher": {"path": "random"},
+            "schedule": {"steps": 1},
+        }
+    )  # fmt: skip
+    encoder = ViT(ViTShape(case.size, case.patch, large.dim, large.depth, large.heads))
+    deep, pixels = case.decoder, 3 * case.patch**2
+    decoder = Decoder(large.dim, encoder.grid, encoder.prefix, pixels, deep.dim, deep.depth, deep.heads)
+    entry = METHODS[config.method.name]
+    decodes = case.method in ("mimhd", "g2sd")
+    teacher = Teacher(encoder, decoder if decodes else None, bf16=bf16_teacher)
+    teacher.pixels = "normalised"
+    built = entry.load().build(config, teachers=Teachers(teacher))
+    fill(built)
+    return built
 
-    def loss() -> Tensor:
-        mask = Mask.from_noise(torch.rand(batch, method.encoder.units), RATIO)
-        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
-        return losses["reconstruction"] + losses["attention"]
 
-    return trainer(method, loss, bf16, fused=True)
+def loss_of(method: Method, batch: Batch) -> Tensor:
+    losses = method(batch, Clock(0, 1, 1, 0))
+    return torch.stack([weight * losses[name] for name, weight in method.weights.items()]).sum()
+
+
+def batch_of(method: Method, pixels: Tensor, noise: Tensor) -> Batch:
+    """A batch whose masks all come from one noise [B,N]."""
+    masks = {name: sampler.collate(noise) for name, sampler in method.masks().items()}
+    return Batch({"image": pixels}, torch.arange(len(pixels)), masks)
+
+
+def mimlet_step(batch: int, bf16: bool, case: Case) -> Step:
+    made, pixels, noise = method(case, bf16), images(batch, case.size), noises(batch, case)
+    return trainer(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, fused=True)

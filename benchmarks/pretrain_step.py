@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.alternate import Job, measure
+from benchmarks.plain import Case
 
 MAE = [
     Job(f"{name} {kind}", f"{'ours' if name == 'mimlet' else 'contenders'}:{name}_mae", kind == "bf16")
@@ -17,9 +18,9 @@ MAE = [
     for name in ("mimlet", "transformers", "lightly")
 ]
 D2MAE = [
-    Job("plain fp32", "contenders:plain_d2mae", False),
-    Job("mimlet fp32, fp32 teacher", "ours:mimlet_d2mae", False),
-    Job("mimlet bf16, bf16 teacher (default)", "ours:mimlet_d2mae", True),
+    Job("plain fp32", "plain:step", False, (Case("d2mae"),)),
+    Job("mimlet fp32, fp32 teacher", "ours:mimlet_step", False, (Case("d2mae"),)),
+    Job("mimlet bf16, bf16 teacher (default)", "ours:mimlet_step", True, (Case("d2mae"),)),
 ]
 
 

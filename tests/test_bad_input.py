@@ -235,9 +235,10 @@ def test_weights_that_cannot_be_used(
 
 
 def test_a_teacher_with_another_grid(photos: Path, teacher: Path, tmp_path: Path, answer: Answer) -> None:
-    text = answer(pretrain_arguments(photos, tmp_path / "run", "--recipe", "dmae_micro32", "--teacher", str(teacher)))
-    assert "sees 16 px images as 2 x 2 patches of 8 px, the student as 4 x 4 of 4 px" in text
-    assert "(encoder.patch=8)" in text
+    given = ["--recipe", "dmae_micro32", "--teacher", str(teacher), "teacher.grid=target"]
+    text = answer(pretrain_arguments(photos, tmp_path / "run", *given))
+    assert "sees 2 x 2 patches, the student 4 x 4, and this method hides the same ones from both" in text
+    assert "set teacher.grid=input" in text
 
 
 def test_an_encoder_of_another_shape(photos: Path, teacher: Path, tmp_path: Path, answer: Answer) -> None:

@@ -2,61 +2,52 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
-from benchmarks.contenders import PlainD2MAE, PlainViT, images
-from benchmarks.ours import d2mae
-from mimlet.data.batch import Batch
-from mimlet.data.masks import Mask
-from mimlet.methods.base import Clock
-from mimlet.methods.dmae import DMAE
-from mimlet.models.vit import ViT
+from benchmarks import ours, plain
+from benchmarks.contenders import images
+from benchmarks.plain import Case, Shape
 
 BATCH = 2
+SIZES = {
+    "student": Shape(48, 3, 6),
+    "teacher": Shape(64, 4, 4),
+    "decoder": Shape(32, 4, 2),
+    "student_decoder": Shape(16, 2, 2),
+    "size": 32,
+    "patch": 8,
+}
+"""Unequal widths, depths and head counts."""
 
 
-@torch.no_grad()
-def copy_vit(plain: PlainViT, ours: ViT) -> None:
-    plain.patch.load_state_dict(ours.patch_embed.proj.state_dict())
-    plain.cls.copy_(ours.cls_token)
-    plain.position.copy_(ours.pos_embed)
-    plain.norm.load_state_dict(ours.norm.state_dict())
-    for theirs, block in zip(plain.blocks, ours.blocks, strict=False):
-        state = {name.removeprefix("attn.").removeprefix("mlp."): value for name, value in block.state_dict().items()}
-        theirs.load_state_dict(state)
-
-
-def copy_all(method: DMAE) -> PlainD2MAE:
-    plain = PlainD2MAE()
-    copy_vit(plain.student, method.encoder)
-    copy_vit(plain.teacher, method.teacher.encoder)
-    extra = {name.removeprefix("attn."): value for name, value in method.extra.state_dict().items()}
-    plain.student.blocks[12].load_state_dict(extra, strict=False)
-    state = method.decoder.state_dict()
-    plain.embed.load_state_dict({name: state[f"embed.{name}"] for name in ("weight", "bias")})
-    plain.pred.load_state_dict({name: state[f"pred.{name}"] for name in ("weight", "bias")})
-    plain.norm.load_state_dict({name: state[f"norm.{name}"] for name in ("weight", "bias")})
-    block = {k.removeprefix("blocks.0."): v for k, v in state.items() if k.startswith("blocks.0.")}
-    plain.decoder.load_state_dict({k.removeprefix("attn.").removeprefix("mlp."): v for k, v in block.items()})
-    with torch.no_grad():
-        plain.mask_token.copy_(state["mask_token"])
-        plain.position.copy_(state["pos_embed"])
-        plain.heads.weight.copy_(method.head_maps[0].weight[..., None, None])
-    return plain
-
-
-@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.01)])
-def test_our_d2mae_step_has_the_plain_formulations_loss(bf16: bool, tolerance: float) -> None:
-    torch.manual_seed(0)
-    exact = d2mae(bf16=False)
-    torch.manual_seed(0)
-    method = d2mae(bf16)
-    plain = copy_all(exact)
-    pixels = images(BATCH)
-    torch.manual_seed(1)
-    expected = plain(pixels)
-    torch.manual_seed(1)
-    mask = Mask.from_noise(torch.rand(BATCH, 196), 0.75)
+def both(method: str, bf16: bool) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """The loss and the gradients, of our method and of the plain formulation."""
+    case = Case(method, **SIZES)
+    pixels, noise = images(BATCH, case.size), plain.noises(BATCH, case)()
+    made, written = ours.method(case, bf16), plain.METHODS[method](case)
+    plain.fill(written)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = method(Batch({"image": pixels}, torch.arange(BATCH), {"mask": mask}), Clock(0, 1, 1, 0))
-    assert_close(losses["reconstruction"] + losses["attention"], expected, rtol=tolerance, atol=0.0)
+        our_loss = ours.loss_of(made, ours.batch_of(made, pixels, noise))
+        plain_loss = written(pixels, noise)
+    results: list[Tensor | dict[str, Tensor]] = []
+    for loss, model in ((our_loss, made), (plain_loss, written)):
+        loss.backward()
+        gradients = {name: p.grad for name, p in plain.parameters(model).items() if p.grad is not None}
+        results += [loss.detach(), gradients]
+    return tuple(results)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", plain.METHODS)
+def test_ours_and_the_plain_formulation_have_one_loss_and_one_gradient(method: str) -> None:
+    our_loss, our_gradients, plain_loss, plain_gradients = both(method, bf16=False)
+    assert_close(our_loss, plain_loss, rtol=1e-4, atol=0.0)
+    ours_alike = {name: our_gradients[name].view_as(gradient) for name, gradient in plain_gradients.items()}
+    assert_close(ours_alike, plain_gradients, rtol=1e-3, atol=1e-5)
+    assert our_gradients.keys() == plain_gradients.keys()
+
+
+@pytest.mark.parametrize("method", plain.METHODS)
+def test_in_bf16_they_stay_together(method: str) -> None:
+    our_loss, _, plain_loss, _ = both(method, bf16=True)
+    assert_close(our_loss, plain_loss, rtol=0.03, atol=0.0)

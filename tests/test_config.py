@@ -53,7 +53,12 @@ def test_every_problem_is_reported_at_once() -> None:
         ("method.decoder.head", 3, "method.decoder.head: unknown setting (did you mean 'method.decoder.heads'?)"),
         ("method.decode_layer", 8, "method.decode_layer: not a setting of method 'mae', but of dmae"),
         ("data.augment.flips", 0, "data.augment.flips: unknown setting (did you mean 'data.augment.flip'?)"),
-        ("method.name", "maee", "method.name: 'maee' (did you mean 'mae'?); known: mae, dmae, classify, linear_probe"),
+        (
+            "method.name",
+            "maee",
+            "method.name: 'maee' (did you mean 'mae'?); known: mae, dmae, tinymim, mimhd, g2sd, dmae_features, "
+            "classify, linear_probe",
+        ),
         ("optim.name", "adam", "optim.name: Input should be 'adamw', 'sgd' or 'lars', got 'adam'"),
     ],
 )

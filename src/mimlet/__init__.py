@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from mimlet.config import Config, load_config
     from mimlet.errors import UserError
     from mimlet.models.features import Features, Taps
+    from mimlet.models.foreign import ForeignEncoder
+    from mimlet.models.teacher import Teacher
     from mimlet.models.weights import load
 
 __all__ = [
     "Config",
     "Features",
+    "ForeignEncoder",
     "Taps",
+    "Teacher",
     "UserError",
     "compare",
     "demo",
@@ -40,7 +44,9 @@ __all__ = [
 _ELSEWHERE = {
     "Config": "mimlet.config",
     "Features": "mimlet.models.features",
+    "ForeignEncoder": "mimlet.models.foreign",
     "Taps": "mimlet.models.features",
+    "Teacher": "mimlet.models.teacher",
     "UserError": "mimlet.errors",
     "load": "mimlet.models.weights",
     "load_config": "mimlet.config",

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from mimlet.atomic import write_atomic
-from mimlet.config import OPTIONS, Config, load_config, merge, nest, read_recipe, set_length, sweep_points
+from mimlet.config import OPTIONS, PYTHON, Config, load_config, merge, nest, read_recipe, set_length, sweep_points
 from mimlet.data.augment import evaluation_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
@@ -248,9 +248,9 @@ def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
 def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
     """Trains a classifier.
 
-    Options are those of the command line, such as `data` and `eval` (a path or several), `teacher`, `encoder` (weights
-    to start from), `epochs`, `batch`, `out`, `resume`, `allow_changes`; and any setting with its dots as double
-    underscores: `optim__clip=1.0`.
+    Options are those of the command line, such as `data` and `eval` (a path or several), `teacher` (for `pretrain` also
+    a module of your own), `encoder` (weights to start from), `epochs`, `batch`, `out`, `resume`, `allow_changes`; and
+    any setting with its dots as double underscores: `optim__clip=1.0`.
     """
     return _train_recipe(recipe, labels=True, **options)
 
@@ -392,8 +392,9 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
     known = {
         "reconstruction.png": (
             "Reconstruction",
-            "Rows of training images: the original, what the encoder sees of it, and what the decoder makes of that",
-            "Hidden patches are predicted, visible ones are the original. "
+            "Rows of training images: the original, what the decoder is shown of it, and what it makes of that",
+            "Hidden patches are predicted, visible ones are the original; with two views, each patch is from the one "
+            "that hides it. "
             "With normalised-pixel targets a patch's own mean and contrast are put back.",
         ),
         "confusion.png": (
@@ -428,6 +429,12 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
             f"recipe '{recipe}' has the method {name}; use mimlet.{'pretrain' if labels else 'finetune'} for it"
         )
     resume, allow_changes = bool(options.pop("resume", False)), bool(options.pop("allow_changes", False))
+    teacher = options.get("teacher")
+    module = teacher if isinstance(teacher, nn.Module) else None
+    if module is not None:
+        if labels:
+            raise ConfigError("distilling labels needs the path of a classifier, or timm:NAME, not a module")
+        options["teacher"] = f"{PYTHON}{type(module).__name__}"
     set_length(values, cast(float | None, options.pop("epochs", None)), cast(int | None, options.pop("steps", None)))
     merge(values, nest("run.out", str(options.pop("out", f"runs/{Path(recipe).stem}"))))
     for option, value in options.items():
@@ -435,7 +442,7 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
         if dotted in ("data.path", "data.eval"):
             value = _paths(cast(Paths, value))
         merge(values, nest(dotted, str(value) if isinstance(value, Path) else value))
-    return train(load_config(values), resume=resume, allow_changes=allow_changes)
+    return train(load_config(values), resume=resume, allow_changes=allow_changes, teacher=module)
 
 
 def _paths(given: Paths) -> list[str]:
@@ -583,10 +590,15 @@ def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
 
 
 def _teller(fabric: Fabric) -> Callable[[str], None]:
-    console = Console(stderr=True, highlight=False)
-    if not fabric.is_global_zero:
-        return lambda text: None
-    return lambda text: console.print(text, markup=False, soft_wrap=True)
+    console, said = Console(stderr=True, highlight=False), set[str]()
+
+    def say(text: str) -> None:
+        """Trainings side by side have much in common: nothing is told twice."""
+        if fabric.is_global_zero and text not in said:
+            said.add(text)
+            console.print(text, markup=False, soft_wrap=True)
+
+    return say
 
 
 def _closing(folder: Path, result: FitResult) -> str:

@@ -65,7 +65,12 @@ Recipe = Annotated[
 ]
 TeacherPath = Annotated[
     str | None,
-    typer.Option("--teacher", metavar="PATH", help="Frozen teacher: run folder, checkpoint file or timm:NAME."),
+    typer.Option(
+        "--teacher",
+        metavar="PATH",
+        help="Frozen teacher: run folder, checkpoint file, a model's folder as timm or transformers save it, timm:NAME "
+        "or transformers:NAME.",
+    ),
 ]
 TeacherHeads = Annotated[
     int | None, typer.Option(metavar="N", help="The teacher's head count, where its file does not tell.")

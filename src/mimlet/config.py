@@ -31,6 +31,9 @@ RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+PYTHON = "python:"
+"""Begins a `teacher.path` that stands for a module given from Python."""
+
 OPTIONS = {
     "data": "data.path",
     "eval": "data.eval",
@@ -102,7 +105,7 @@ class EncoderSettings(Section):
 
 class TeacherSettings(Section):
     """A frozen teacher: a run folder, a checkpoint file, a model's folder as timm or transformers save it, `timm:NAME`
-    or `transformers:NAME`.
+    or `transformers:NAME`; `python:NAME` stands for a module given to `mimlet.train`.
     """
 
     path: str | None = None
@@ -254,7 +257,7 @@ class Config(Section):
         if (METHODS[method.name].teacher or distils) and not self.teacher.path:
             problems.append(
                 f"teacher.path: method '{method.name}' needs a teacher{' for method.distill' if distils else ''}; "
-                "give --teacher (a run folder, a checkpoint file, or timm:NAME)"
+                "give --teacher (a run folder, a checkpoint file, a model's folder, timm:NAME or transformers:NAME)"
             )
         if self.data.eval and not METHODS[method.name].labels:
             problems.append(
@@ -489,7 +492,7 @@ def check_inputs(config: Config) -> None:
     missing = [
         f"{key}: {missing_path(path)}"
         for key, path in named
-        if path and not path.startswith(("torchvision:", "timm:")) and not Path(path).exists()
+        if path and not path.startswith(("torchvision:", "timm:", "transformers:", PYTHON)) and not Path(path).exists()
     ]
     if missing:
         raise DataError("\n".join(missing))

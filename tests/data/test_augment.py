@@ -143,6 +143,26 @@ def test_colour_jitter() -> None:
     assert not torch.equal(got, crop)
 
 
+@pytest.mark.parametrize("change", [{"color_jitter": 0.4}, {"randaugment": "rand-m9-mstd0.5"}])
+def test_the_crop_beside_its_changed_view(change: dict[str, object]) -> None:
+    image = picture(5, (40, 40))
+    plain = AugmentSettings()
+    one, two = (training_transform(plain.model_copy(update=change), 32, changed) for changed in ("image", "student"))
+    differ = 0
+    for seed in range(10):
+        views = []
+        for transform in (one, two, training_transform(plain, 32, "student")):
+            with seeded(seed):
+                views.append(transform(image))
+        changed, both, crop = views
+        assert (changed.keys(), both.keys(), crop.keys()) == ({"image"}, {"image", "student"}, {"image"})
+        assert torch.equal(both["student"], changed["image"])
+        assert torch.equal(both["image"], crop["image"])
+        assert all(view.is_contiguous() for view in both.values())
+        differ += not torch.equal(both["student"], both["image"])
+    assert differ > 5
+
+
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (32, 32), (5, 9), (200, 50)])
 def test_evaluation_equals_torchvision(size: tuple[int, int]) -> None:
     image = picture(6, size)

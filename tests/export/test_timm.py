@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 
 import mimlet
 from mimlet.errors import RunError, WeightsError
-from mimlet.export.timm import TIMM_SIZES, export_classifier, export_encoder, snippet, timm_arguments
+from mimlet.export.timm import DISTILLED_SIZES, TIMM_SIZES, export_classifier, export_encoder, snippet, timm_arguments
 from mimlet.methods.settings import ClassifySettings, LabelDistillation
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT, ViTShape
@@ -24,7 +25,7 @@ from mimlet.models.weights import (
     open_checkpoint,
     read_tensors,
 )
-from mimlet.models.zoo import SIZES
+from mimlet.models.zoo import SIZES, Size
 from mimlet.tasks.classify import Classify
 
 SHAPES = {
@@ -182,10 +183,9 @@ def test_zoo_in_timm(name: str) -> None:
         assert arguments == {"num_heads": 12, "num_classes": 0, "global_pool": ""}
 
 
-@pytest.mark.parametrize("name", TIMM_SIZES)
-def test_named_sizes_are_timms(name: str) -> None:
+@pytest.mark.parametrize(("name", "size"), [*TIMM_SIZES.items(), *DISTILLED_SIZES.items()])
+def test_named_sizes_are_timms(name: str, size: Size) -> None:
     model = timm.create_model(name, device="meta")
-    size = TIMM_SIZES[name]
     assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (size.dim, size.depth, size.heads)
     assert model.blocks[0].mlp.fc1.out_features == 4 * size.dim
 
@@ -212,6 +212,41 @@ def test_averaged_weights_are_exported(tmp_path: Path) -> None:
     loaded = load(tmp_path).encoder.cls_token
     assert torch.equal(loaded, task.average_encoder.cls_token)
     assert not torch.equal(loaded, task.encoder.cls_token)
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_two_token_classifier_is_timms(scale: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ViT(replace(SHAPES["micro"], distillation_token=True, layer_scale=scale))
+    settings = ClassifySettings(pool="class", distill=LabelDistillation(kind="hard", token="distillation"))
+    task = Classify(encoder, 5, settings, nn.Linear(1, 5)).eval()
+    vary(encoder)
+    vary(task.head)
+    file = export_classifier(tmp_path, task, classes=list("abcde"), mean=MEAN, std=STD)
+    model = run(tmp_path, monkeypatch)
+    assert isinstance(model, timm.models.VisionTransformerDistilled)
+    table = load_file(file)["pos_embed"]
+    assert table.shape == (1, 18, 24)
+    assert not table[:, 1].any()
+    batch = images(encoder.shape)
+    assert_close(model(batch), task.predict(batch), rtol=1e-5, atol=1e-5)
+
+    ours = load(tmp_path)
+    assert isinstance(ours, Classifier)
+    assert torch.equal(ours.encoder.dist_token, encoder.dist_token)
+    assert_close(ours(batch), task.predict(batch))
+    assert_close(load_classifier(tmp_path, mean=MEAN, std=STD)(batch), task.predict(batch))
+    torch.save(model.state_dict(), tmp_path / "deit.pth")
+    assert_close(load_classifier(tmp_path / "deit.pth", heads=6)(batch), task.predict(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_two_token_encoder_needs_mimlet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ViT(replace(SHAPES["micro"], distillation_token=True)).eval()
+    export_encoder(tmp_path, encoder, mean=MEAN, std=STD)
+    model = run(tmp_path, monkeypatch)
+    assert "timm.create_model" not in snippet(tmp_path)
+    assert "[B, 18, 24]: class token, distillation token, then patches" in snippet(tmp_path)
+    batch = images(encoder.shape)
+    assert torch.equal(model(batch).latent, encoder(batch).latent)
 
 
 def test_label_distilled_classifier_needs_mimlet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_resized_positions_keep_prefix_and_use_plain_bicubic() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 1]))
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([0, 1, 2]))
 def test_relative_index_by_brute_force(rows: int, columns: int, prefix: int) -> None:
     index = relative_index(rows, columns, prefix)
     entries = (2 * rows - 1) * (2 * columns - 1)
@@ -60,9 +60,9 @@ def test_relative_index_by_brute_force(rows: int, columns: int, prefix: int) -> 
             assert index[q + prefix, k + prefix] == expected
             assert 0 <= expected < entries
     if prefix:
-        assert index[0, 0] == entries + 2
-        assert (index[0, 1:] == entries).all()
-        assert (index[1:, 0] == entries + 1).all()
+        assert (index[:prefix, :prefix] == entries + 2).all()
+        assert (index[:prefix, prefix:] == entries).all()
+        assert (index[prefix:, :prefix] == entries + 1).all()
 
 
 @pytest.mark.parametrize("width", [8, 64])

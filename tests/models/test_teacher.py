@@ -1,17 +1,23 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
 
-from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, TeacherSettings
+import mimlet
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSettings, check_inputs, validate
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.models.decoders import Decoder
-from mimlet.models.features import Taps
-from mimlet.models.teacher import Teacher, load_teacher
+from mimlet.models.features import Features, Taps
+from mimlet.models.teacher import Teacher, Teachers, load_teacher
 from mimlet.models.vit import ViT, ViTShape
 from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, encoder_state, save_decoder, save_weights
+from tests.data.images import make_folder
 from tests.models.official import save_mae_lite, tensors_of
 
 SHAPE = ViTShape(image_size=32, patch=8, dim=48, depth=2, heads=3)
@@ -132,24 +138,169 @@ def test_positions_follow_the_students_image_size(tmp_path: Path) -> None:
     assert_close(teacher(images).latent, encoder(images).latent, rtol=1e-4, atol=1e-5)
 
 
+def config(path: str = "", **teacher: object) -> Config:
+    values = {"method": {"name": "tinymim"}, "teacher": {"path": path or "python:x", "precision": "32", **teacher}}
+    return validate({**values, "schedule": {"batch": 8, "steps": 1}, "speed": {"accelerator": "cpu"}})
+
+
 @pytest.mark.parametrize(
-    ("student", "message"),
+    ("student", "size"), [({"patch": 16}, 16), ({"image_size": 36, "patch": 12}, 24), ({"image_size": 48}, 48)]
+)
+def test_another_grid_is_met_by_the_size_of_its_input(student: dict[str, object], size: int, tmp_path: Path) -> None:
+    encoder, student_encoder = make(), ViT(ViTShape(**{**vars(STUDENT), **student}))
+    teacher = Teachers().find(config(save(tmp_path, encoder)), student_encoder, masked=True)
+    side = size // 8
+    assert (teacher.size, teacher.grid, teacher.own_grid) == (size, (side, side), (side, side))
+    images = torch.randn(1, 3, *[student_encoder.shape.image_size] * 2)
+    seen = images
+    if images.shape[-1] != size:
+        seen = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    assert_close(teacher(images, taps=TAPS).attention[2], encoder(seen, taps=TAPS).attention[2], rtol=1e-4, atol=1e-5)
+
+
+def test_or_by_the_size_of_its_answer(tmp_path: Path) -> None:
+    encoder, student = make(), ViT(ViTShape(**{**vars(STUDENT), "image_size": 48}))
+    settings = config(save(tmp_path, encoder), grid="target")
+    teacher = Teachers().find(settings, student)
+    assert (teacher.size, teacher.grid, teacher.own_grid) == (32, (6, 6), (4, 4))
+    images = torch.randn(1, 3, 48, 48)
+    seen = F.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+    taps = Taps(qkv=(1,))
+    expected = encoder(seen, taps=taps).resized((6, 6))
+    assert_close(teacher(images, taps=taps).latent, expected.latent, rtol=1e-4, atol=1e-5)
+    assert_close(teacher(images, taps=taps).qkv[1][2], expected.qkv[1][2], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"sees 4 x 4 patches, the student 6 x 6, .* set teacher\.grid=input"):
+        Teachers().find(settings, student, masked=True)
+
+
+def test_the_same_patches_hidden_from_both_need_the_same_prefix(tmp_path: Path) -> None:
+    settings, student = config(save(tmp_path, make())), ViT(ViTShape(**{**vars(STUDENT), "class_token": False}))
+    assert Teachers().find(settings, student).prefix == 1
+    with pytest.raises(WeightsError, match=r"has a class token, the student none; set encoder\.class_token=true"):
+        Teachers().find(settings, student, masked=True)
+
+
+def test_a_distillation_token_is_not_handed_on(tmp_path: Path) -> None:
+    encoder = make(distillation_token=True)
+    teacher = load_teacher(TeacherSettings(path=save(tmp_path, encoder), precision="32"), ViT(STUDENT))
+    images, taps = torch.randn(2, 3, 32, 32), Taps(hidden=(1,), normed=(1,), attention=(1,), qkv=(2,))
+    whole, got = encoder(images, taps=taps), teacher(images, taps=taps)
+    kept = [0, *range(2, 18)]
+    assert (whole.prefix, got.prefix, teacher.prefix) == (2, 1, 1)
+    for ours, theirs in (
+        (got.latent, whole.latent),
+        (got.hidden[1], whole.hidden[1]),
+        (got.normed[1], whole.normed[1]),
+        (got.qkv[2][1], whole.qkv[2][1]),
+        (got.attention[1], whole.attention[1][..., kept]),
+    ):
+        assert_close(ours, theirs[..., kept, :], rtol=1e-4, atol=1e-5)
+
+
+class Mine(nn.Module):
+    """A user's own: one block without class token."""
+
+    patch, dim, depth, heads, grid, prefix = 8, 12, 1, 3, (4, 4), 0
+    mean, std = HALF
+
+    def __init__(self, **wrong: object) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.wrong = nn.Conv2d(3, 12, 8, 8), nn.Linear(12, 36), wrong
+
+    def forward(self, images: torch.Tensor, mask: Mask | None = None, taps: Taps | None = None) -> Features:
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(2, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        grid = (images.shape[2] // 8, images.shape[3] // 8)
+        return Features(**{"prefix": 0, "grid": grid, "tokens": x, "qkv": {1: (q, k, v)}, **self.wrong})
+
+
+def test_a_module_of_ones_own() -> None:
+    """Sized, normalised and taken on like any other; and made a teacher once."""
+    mine, teachers = Mine(), Teachers(Mine())
+    teachers.module.load_state_dict(mine.state_dict())
+    student = ViT(ViTShape(**{**vars(STUDENT), "image_size": 24, "patch": 4}))
+    teacher = teachers.find(config(), student)
+    assert (teacher.size, teacher.grid, teacher.heads, teacher.takes_masks) == (48, (6, 6), 3, False)
+    assert teachers.find(config(), student) is teacher
+    raw = torch.rand(2, 3, 24, 24)
+    seen = F.interpolate(normalised(raw, HALF), (48, 48), mode="bicubic", antialias=True)
+    got = teacher(normalised(raw, IMAGENET), taps=Taps(qkv=(1,)))
+    assert_close(got.qkv[1][0], mine(seen).qkv[1][0], rtol=1e-4, atol=1e-5)
+    assert not got.latent.requires_grad
+    with pytest.raises(ConfigError, match="your module is a Mine, which sees whole images only"):
+        teachers.find(config(), student, masked=True)
+    by_target = Teachers(Mine()).find(config(grid="target"), student)
+    assert (by_target.size, by_target.own_grid, by_target(raw).latent.shape) == (32, (4, 4), (2, 36, 12))
+    given = Teacher(Mine())
+    assert Teachers(given).find(config(), ViT(STUDENT)) is given
+    with pytest.raises(WeightsError, match="answers with 4 x 4 patches, the student sees 6 x 6; resize its input"):
+        Teachers(given).find(config(), student)
+
+
+@pytest.mark.parametrize(
+    ("taps", "wrong", "message"),
     [
         (
-            {"patch": 16},
-            r"sees 32 px images as 4 x 4 patches of 8 px, the student as 2 x 2 of 16 px; .*encoder\.patch=8",
+            Taps(hidden=(1,)),
+            {},
+            r"teacher \(Mine\) was asked for hidden of block 1 and did not answer that; its Features",
         ),
+        (Taps(qkv=(1, 2)), {"tokens": None}, "was asked for qkv of block 2, tokens and did not"),
         (
-            {"image_size": 36, "patch": 12},
-            r"sees 36 px images as 4\.5 x 4\.5 patches of 8 px, the student as 3 x 3 of 12 px",
+            Taps(),
+            {"tokens": torch.zeros(2, 17, 12)},
+            r"gave tokens of shape \[2, 17, 12\], expected \[2, 16, 12\]: batch 2, 16 tokens \(prefix 0, 16 patches of "
+            r"its grid 4 x 4\), width 12, 3 heads",
         ),
-        ({"class_token": False}, r"has a class token, the student none; set encoder\.class_token=true"),
+        (Taps(), {"prefix": 1}, r"expected \[2, 17, 12\]: batch 2, 17 tokens \(prefix 1, 16 patches"),
+        (Taps(), {"grid": (3, 3)}, r"expected \[2, 9, 12\]"),
+        (Taps(qkv=(1,)), {"qkv": {1: (torch.zeros(2, 16, 3, 4),) * 3}}, r"gave qkv of block 1 .* \[2, 3, 16\]: batch"),
+        (
+            Taps(attention=(1,)),
+            {"attention": {1: torch.zeros(2, 16, 16)}},
+            r"gave attention of block 1 of shape \[2, 16, 16\], expected \[2, 3, 16\]: .*, 3 heads",
+        ),
     ],
 )
-def test_student_of_another_form(student: dict[str, object], message: str, tmp_path: Path) -> None:
-    settings = TeacherSettings(path=save(tmp_path, make()))
-    with pytest.raises(WeightsError, match=message):
-        load_teacher(settings, ViT(ViTShape(**{**vars(STUDENT), **student})))
+def test_answers_are_checked(taps: Taps, wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Teacher(Mine(**wrong))(torch.zeros(2, 3, 32, 32), taps=taps)
+
+
+def test_modules_that_are_no_teachers() -> None:
+    with pytest.raises(ConfigError, match="your module is a Linear without the attributes patch, dim, depth, "):
+        Teachers(nn.Linear(2, 2)).find(config(), ViT(STUDENT))
+    mine = Mine()
+    mine.forward = lambda images, mask, taps: images
+    with pytest.raises(ConfigError, match=r"\(Mine\) answered with Tensor; a teacher answers with mimlet\.Features"):
+        Teacher(mine)(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(
+        ConfigError, match=r"teacher\.path=python:x stands for a module given from Python: mimlet\.train"
+    ):
+        Teachers().find(config(), ViT(STUDENT))
+
+
+def test_names_and_modules_pass_the_check_of_paths(tmp_path: Path) -> None:
+    for path in ("timm:a", "transformers:a/b", "python:Mine"):
+        given = config(path)
+        check_inputs(given.model_copy(update={"data": given.data.model_copy(update={"path": [str(tmp_path)]})}))
+
+
+def test_labels_are_not_distilled_from_a_module() -> None:
+    with pytest.raises(ConfigError, match="needs the path of a classifier, or timm:NAME, not a module"):
+        mimlet.finetune("classify_tiny_distilled", teacher=nn.Linear(1, 1))
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/teachers.md: its class teaches a student, and the run says so."""
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class " in block)
+    make_folder(tmp_path / "photos", each=6)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    settings = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
+    assert settings["teacher"]["path"] == "python:Mine"
+    assert (tmp_path / "runs" / "mine" / ENCODER_FILE).is_file()
 
 
 def test_absent_decoder(tmp_path: Path) -> None:

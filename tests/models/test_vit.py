@@ -275,6 +275,46 @@ def test_mask_of_another_grid() -> None:
         make()(images(), masks(units=9))
 
 
+# ---------------------------------------------------------------------------------------- distillation token
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.parametrize("size", [32, 48])
+def test_distillation_token_has_no_position(ratio: float, size: int) -> None:
+    encoder, grid = make(distillation_token=True), (size // 8, size // 8)
+    assert (encoder.prefix, encoder.pos_embed.shape[1]) == (2, 17)
+    table = resize_positions(encoder.pos_embed, (4, 4), grid, 1)
+    patches = encoder.patch_embed(images(size)) + table[:, 1:]
+    mask = masks(ratio, patches.shape[1]) if ratio else None
+    if mask is not None:
+        assert mask.ids_keep is not None
+        patches = patches.gather(1, mask.ids_keep[..., None].expand(-1, -1, 24))
+    first = torch.cat([encoder.cls_token + table[:, :1], encoder.dist_token], dim=1).expand(2, -1, -1)
+    features = encoder(images(size), mask, taps=ALL)
+    expected = recompute(encoder, torch.cat([first, patches], dim=1))
+    assert_same(features, expected, ALL)
+    assert features.prefix == 2
+    assert torch.equal(features.patches, features.latent[:, 2:])
+    last = torch.cat([first[:, :1], patches, first[:, 1:]], dim=1)  # where G2SD puts it
+    latent = recompute(encoder, last).latent
+    assert_close(latent[:, [0, -1]], features.latent[:, :2], rtol=1e-4, atol=1e-5)
+    assert_close(latent[:, 1:-1], features.patches, rtol=1e-4, atol=1e-5)
+
+
+def test_distillation_token_needs_a_class_token() -> None:
+    with pytest.raises(ConfigError, match=r"stands beside a class token; set encoder\.class_token=true"):
+        make(distillation_token=True, class_token=False)
+
+
+def test_distillation_token_is_drawn_like_the_class_token() -> None:
+    encoder = ViT(ViTShape(image_size=32, patch=8, dim=384, depth=1, heads=6, distillation_token=True))
+    assert encoder.dist_token.std().item() == pytest.approx(0.02, rel=0.2)
+    before = encoder.dist_token.clone()
+    encoder.init_classifier_()
+    assert encoder.dist_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not torch.equal(encoder.dist_token, before)
+
+
 # ---------------------------------------------------------------------------------------- relative positions
 
 
@@ -285,14 +325,15 @@ def test_relative_bias_enters_every_block() -> None:
     assert_same(features, recompute(encoder, x, relative_index(4, 4, 1)), ALL)
 
 
-def test_relative_bias_of_dropped_tokens_is_the_submatrix() -> None:
-    encoder, mask = make(relative="full"), masks()
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_relative_bias_of_dropped_tokens_is_the_submatrix(prefix: int) -> None:
+    encoder, mask = make(relative="full", distillation_token=prefix == 2), masks()
     assert mask.ids_keep is not None
     x, _ = encoder.embed(images(), mask)
-    whole = relative_index(4, 4, 1)
+    whole = relative_index(4, 4, prefix)
     per_image = []
     for ids in mask.ids_keep:
-        rows = torch.cat([torch.tensor([0]), ids + 1])
+        rows = torch.cat([torch.arange(prefix), ids + prefix])
         per_image.append(whole[rows][:, rows])
     features = encoder(images(), mask, taps=ALL)
     assert_same(features, recompute(encoder, x, torch.stack(per_image)), ALL)

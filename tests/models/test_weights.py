@@ -3,6 +3,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,7 +274,6 @@ def test_other_architectures_are_not_taken_for_a_plain_vit(name: str, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("dist_token", (1, 1, 24), "its dist_token has no place in one"),
         ("register_tokens", (1, 4, 24), "its register_tokens has no place"),
         ("norm_pre.weight", (24,), "its norm_pre.weight has no place"),
         ("rel_pos_bias.relative_position_bias_table", (12, 3), "its rel_pos_bias"),
@@ -292,6 +292,45 @@ def test_foreign_parts_are_refused(name: str, shape: tuple[int, ...] | None, mes
     torch.save(state, tmp_path / "file.pth")
     with pytest.raises(WeightsError, match=message):
         load_encoder(tmp_path / "file.pth", heads=3)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_distillation_token_with_and_without_a_position(rows: int, tmp_path: Path) -> None:
+    """DeiT's tables have 2 + N rows, the token's second; G2SD's have 1 + N."""
+    state, token, place = foreign(), torch.randn(1, 1, 24), torch.randn(1, rows, 24)
+    table = torch.cat([state["pos_embed"][:, :1], place, state["pos_embed"][:, 1:]], dim=1)
+    torch.save({**state, "dist_token": token, "pos_embed": table}, tmp_path / "file.pth")
+    encoder, report = load_encoder(tmp_path / "file.pth", heads=3)
+    assert encoder.shape.distillation_token
+    assert torch.equal(encoder.dist_token, token + place.sum(dim=1, keepdim=True))
+    assert torch.equal(encoder.pos_embed, state["pos_embed"])
+    assert not report.fresh
+    assert not report.skipped
+    with pytest.raises(
+        WeightsError, match=r"has dist_token, which the encoder lacks: .* Only the method classify with method\.distill"
+    ):
+        load_encoder_weights(ViT(SMALL), tmp_path / "file.pth")
+
+
+def test_a_distillation_token_starts_fresh_and_comes_back(tmp_path: Path) -> None:
+    encoder = ViT(replace(SMALL, distillation_token=True))
+    before = encoder.dist_token.clone()
+    state = foreign()
+    torch.save(state, tmp_path / "file.pth")
+    report = load_encoder_weights(encoder, tmp_path / "file.pth")
+    assert report.fresh == {"dist_token": "only the fine-tuned form has it"}
+    assert torch.equal(encoder.dist_token, before)
+    assert torch.equal(encoder.pos_embed, state["pos_embed"])
+
+    saved = encoder_state(encoder)
+    assert saved["pos_embed"].shape == (1, 6, 24)
+    assert not saved["pos_embed"][:, 1].any()
+    save_weights(tmp_path / "ours.safetensors", saved, {"shape": vars(encoder.shape)})
+    loaded, _ = load_encoder(tmp_path / "ours.safetensors")
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in loaded.state_dict().items())
+    larger, report = load_encoder(tmp_path / "ours.safetensors", image_size=24)
+    assert report.resized == {"pos_embed": "2 x 2 to 3 x 3 patches, bicubic"}
+    assert torch.equal(larger.pos_embed, resize_positions(encoder.pos_embed, (2, 2), (3, 3), 1))
 
 
 def test_unknown_extras_are_reported(tmp_path: Path) -> None:
@@ -574,6 +613,7 @@ SMALL_TIMM = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num
     [
         ("vit_tiny_patch16_224", {"img_size": 32}),
         ("deit_tiny_patch16_224", {"img_size": 32}),
+        ("deit_tiny_distilled_patch16_224", SMALL_TIMM),
         ("vit_base_patch16_224", {"img_size": 32, "depth": 2}),
         ("vit_base_patch16_siglip_gap_224", {"img_size": 32, "depth": 1, "class_token": False}),
         ("vit_tiny_patch16_224", {**SMALL_TIMM, "init_values": 0.1}),
@@ -603,7 +643,6 @@ def test_timm_classifier_with_mean_pooling_has_no_norm() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("deit_tiny_distilled_patch16_224", SMALL_TIMM, "is not a plain ViT: its dist_token has no place in one"),
         ("vit_small_patch16_dinov3", {"img_size": 32, "depth": 1}, "is a Eva, not a plain ViT"),
         (
             "vit_small_patch14_reg4_dinov2",

@@ -255,6 +255,54 @@ def test_notes_of_the_training_are_repeated(tmp_path: Path) -> None:
     assert "noted, step 300: slow disk" in Page(report([run]).read_text()).text
 
 
+def match_heads(run: Path, label: str = "", heads: int = 4) -> Path:
+    """Adds what head matching is watched by: shares that go from equal to those of the first head alone."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        rest = (1 - index / (len(lines) - 1)) / heads
+        shares = [1 - rest * (heads - 1), *[rest] * (heads - 1)]
+        line |= {f"{label}head_share_vv_{number:02d}": share for number, share in enumerate(shares, 1)}
+        line[f"{label}head_entropy_vv"] = -sum(share * math.log(share) for share in shares if share)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_head_matching_is_drawn_and_nothing_else(tmp_path: Path) -> None:
+    plain, matched = make_run(tmp_path / "plain"), match_heads(make_run(tmp_path / "matched"))
+    page, without = Page(report([matched]).read_text()), Page(report([plain]).read_text())
+    words = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("class") == "chart"]
+    assert words[2:4] == [
+        "V-V: share of each teacher head by step: at the end head 1: 100%, head 2: 0.0%, head 3: 0.0%, head 4: 0.0%.",
+        "V-V: entropy of the weights, in nats by step: matched ends at 0; all 4 heads alike is 1.386.",
+    ]
+    lines = [line for line in page.all("polyline") if "head" in (line["data-label"] or "")]
+    assert [line["data-label"] for line in lines] == ["head 1", "head 2", "head 3", "head 4"]
+    assert "Head matching" in page.text
+    assert "Head matching" not in without.text
+    shown = [text for text in page.text if "head share" in text or "head entropy" in text]
+    assert not shown
+    assert len(page.all("tr")) == len(without.all("tr"))
+
+
+def test_heads_of_several_runs_and_relations(tmp_path: Path) -> None:
+    runs = [match_heads(make_run(tmp_path / "a")), match_heads(make_run(tmp_path / "b"), heads=8)]
+    match_heads(runs[1], "late_", 16)
+    words = [
+        svg["aria-label"] or "" for svg in Page(report(runs).read_text()).all("svg") if svg.get("class") == "chart"
+    ]
+    found = [text.split(" by step")[0] for text in words if "head" in text]
+    entropy = "entropy of the weights, in nats"
+    assert found == [
+        "V-V: share of each teacher head, a",
+        "V-V: share of each teacher head, b",
+        f"V-V: {entropy}",
+        "late V-V: share of each teacher head, b",
+        f"late V-V: {entropy}",
+    ]
+    (both,) = (text for text in words if text.startswith(f"V-V: {entropy}"))
+    assert both.endswith("a ends at 0; b ends at 0; all 4 heads alike is 1.386; all 8 heads alike is 2.079.")
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run folder"):
         report([tmp_path])

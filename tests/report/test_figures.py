@@ -9,7 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, reconstruction_grid, short, thin, ticks
+from mimlet.report.figures import (
+    Curve,
+    Picture,
+    averaged,
+    curves_svg,
+    number,
+    reconstruction_grid,
+    shares_svg,
+    short,
+    thin,
+    ticks,
+)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.2, 0.1)
 
@@ -160,3 +171,46 @@ def test_last_values_do_not_overlap_and_styles_stay_apart() -> None:
     thirty = ElementTree.fromstring(curves_svg([Curve("a", [0], [1.0], style) for style in range(30)], title="loss"))
     styles = {(line.attrib["class"], line.attrib["stroke-dasharray"]) for line in thirty.iter("polyline")}
     assert len(styles) == 30
+
+
+def test_a_reference_is_drawn_across_and_within_the_axis() -> None:
+    curve = Curve("a", [0, 100], [1.0, 0.5])
+    svg = ElementTree.fromstring(curves_svg([curve], title="entropy", from_zero=True, references={"all alike": 2.0}))
+    (line,) = (path for path in svg.iter("path") if path.attrib["class"] == "reference")
+    assert line.attrib["d"] == "M50 10.0H404"
+    assert next(svg.iter("polyline")).attrib["points"] == "50.0,110.0 404.0,160.0"
+    assert "all alike: 2" in [text.text for text in svg.iter("text")]
+    assert svg.attrib["aria-label"] == "entropy by step: a ends at 0.5; all alike is 2."
+
+
+def test_shares_fill_the_whole_from_the_top() -> None:
+    shares = [Curve("1", [0, 100], [0.25, 0.5]), Curve("2", [0, 100], [0.75, 0.5])]
+    svg = ElementTree.fromstring(shares_svg(shares, title="share of heads", part="head"))
+    first, second = (path.attrib["d"] for path in svg.iter("path") if path.attrib["class"].startswith("band"))
+    assert first == "M50.0 10.0 L404.0 10.0 L404.0 110.0 L50.0 60.0Z"
+    assert second == "M50.0 60.0 L404.0 110.0 L404.0 210.0 L50.0 210.0Z"
+    upper, lower = svg.iter("polyline")
+    assert (upper.attrib["points"], lower.attrib["points"]) == ("50.0,35.0 404.0,60.0", "50.0,135.0 404.0,160.0")
+    assert (upper.attrib["data-label"], upper.attrib["data-ys"], lower.attrib["data-ys"]) == (
+        "head 1",
+        "25 50",
+        "75 50",
+    )
+    assert svg.attrib["aria-label"] == "share of heads by step: at the end head 1: 50%, head 2: 50%."
+
+
+def test_the_largest_shares_have_colours_and_words() -> None:
+    last = [0.05, 0.3, 0.02, 0.2, 0.15, 0.03, 0.1, 0.15]
+    shares = [Curve(str(number), [0, 1], [1 / 8, share]) for number, share in enumerate(last, 1)]
+    svg = ElementTree.fromstring(shares_svg(shares, title="share of heads", part="head"))
+    bands = [path.attrib["class"] for path in svg.iter("path") if path.attrib["class"].startswith("band")]
+    assert [band.removeprefix("band ") for band in bands] == ["rest", "s0", "rest", "s1", "s2", "rest", "s4", "s3"]
+    written = [(text.attrib["class"], text.text) for text in svg.iter("text") if "value" in text.attrib["class"]]
+    assert written == [
+        ("value s0", "2: 30%"),
+        ("value s1", "4: 20%"),
+        ("value s2", "5: 15%"),
+        ("value s4", "7: 10%"),
+        ("value s3", "8: 15%"),
+    ]
+    assert svg.attrib["aria-label"].endswith("head 8: 15%, head 7: 10%, 3 others 10%.")

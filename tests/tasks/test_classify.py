@@ -55,6 +55,13 @@ def distilling(kind: str, **settings: object) -> Classify:
     return task(Linear(), distill={"kind": kind, "weight": 0.3, "temperature": 2.0}, **settings)
 
 
+def two_tokens(teacher: nn.Module | None = None, **distill: object) -> Classify:
+    """The class token judged, a distillation token for the teacher: G2SD's specific stage."""
+    given = {"kind": "hard", "token": "distillation", **distill}
+    settings = ClassifySettings.model_validate({"pool": "class", "distill": given})
+    return Classify(ViT(replace(SHAPE, distillation_token=True)), 4, settings, teacher or Linear())
+
+
 def config(encoder: dict[str, object] | None = None, **sections: dict[str, object]) -> Config:
     size = {"image_size": 16, "patch": 8, "dim": 24, "depth": 3, "heads": 4}
     method = {"name": "classify", **sections.pop("method", {})}
@@ -133,7 +140,7 @@ def test_loss_without_mixing_is_smoothed_cross_entropy() -> None:
 
 
 def test_every_trainable_parameter_gets_a_gradient() -> None:
-    for ours in (task(), task(pool="class"), distilling("hard"), task(ema_decay=0.9)):
+    for ours in (task(), task(pool="class"), distilling("hard"), task(ema_decay=0.9), two_tokens()):
         values = ours(labelled(), CLOCK)
         sum(weight * values[name] for name, weight in ours.weights.items()).backward()
         assert not [name for name, p in ours.named_parameters() if p.requires_grad and p.grad is None]
@@ -211,6 +218,62 @@ def test_label_distillation(kind: str) -> None:
     assert_close(values["classification"], nn.functional.cross_entropy(own, batch.labels))
     assert ours.weights == {"classification": 0.7, "distillation": 0.3}
     assert_close(ours.predict(batch.images), ((own + answer) / 2).detach())
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_distillation_token_answers_and_the_class_token_is_judged(kind: str) -> None:
+    ours, batch = two_tokens(kind=kind, weight=0.3, temperature=2.0).eval(), labelled()
+    tokens = ours.encoder(batch.images).latent
+    own, answer = ours.head.head(tokens[:, 0]), ours.head.head_dist(tokens[:, 1])
+    teacher = ours.teacher(batch.images)
+    values = ours(batch, CLOCK)
+    expected = hard_distillation(answer, teacher) if kind == "hard" else soft_distillation(answer, teacher, 2.0)
+    assert_close(values["distillation"], expected)
+    assert_close(values["classification"], nn.functional.cross_entropy(own, batch.labels))
+    assert ours.weights == {"classification": 0.7, "distillation": 0.3}
+    assert_close(ours.predict(batch.images), ((own + answer) / 2).detach())
+    assert set(ours.head.state_dict()) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert ours.encoder.norm.weight.requires_grad
+
+
+def test_the_specific_stage_starts_from_a_generic_encoder(tmp_path: Path) -> None:
+    source, file = ViT(SHAPE), tmp_path / "encoder.safetensors"
+    save_weights(file, encoder_state(source), {})
+    teacher = tmp_path / "teacher.safetensors"
+    save_weights(teacher, task().classifier_state(), {})
+    distill = {"kind": "hard", "token": "distillation"}
+    given = config(
+        {"weights": str(file)},
+        method={"pool": "class", "distill": distill},
+        teacher={"path": str(teacher), "heads": 4},
+    )
+    ours = Classify.build(given, classes=4)
+    assert ours.load_report is not None
+    assert ours.load_report.fresh == {"dist_token": "only the fine-tuned form has it"}
+    assert torch.equal(ours.encoder.cls_token, source.cls_token)
+    assert ours.encoder.dist_token.requires_grad
+    assert set(ours(labelled(), CLOCK)) == {"classification", "distillation", "accuracy"}
+
+    save_weights(file, ours.classifier_state(), {"shape": vars(ours.encoder.shape)})
+    again = Classify.build(given, classes=4)
+    assert torch.equal(again.encoder.dist_token, ours.encoder.dist_token)
+    assert again.load_report is not None
+    assert not again.load_report.fresh
+
+
+def test_a_distillation_token_and_its_teacher_go_together() -> None:
+    def make(encoder: ViT, pool: str, teacher: nn.Module | None, token: str = "distillation") -> None:
+        distill = {"kind": "hard", "token": token}
+        Classify(encoder, 4, ClassifySettings.model_validate({"pool": pool, "distill": distill}), teacher)
+
+    two = ViT(replace(SHAPE, distillation_token=True))
+    with pytest.raises(ConfigError, match=r"has the class token judged; set method\.pool=class"):
+        make(two, "mean", Linear())
+    with pytest.raises(ConfigError, match=r"the encoder has no distillation token; such a token \(ViTShape"):
+        make(ViT(SHAPE), "class", Linear())
+    for teacher, token in (None, "distillation"), (Linear(), "class"):
+        with pytest.raises(ConfigError, match="the encoder has a distillation token; such a token"):
+            make(two, "mean" if teacher else "class", teacher, token)
 
 
 def test_the_teacher_sees_the_mixed_images_and_is_left_alone() -> None:

@@ -69,6 +69,20 @@ def test_groups_equal_the_official_fine_tuning(variant: str) -> None:
         assert groups[ours[name]] == pytest.approx(expected, rel=1e-9), name
 
 
+def test_a_distillation_token_learns_as_fast_as_the_heads() -> None:
+    """G2SD's specific stage: full rate for it and both heads, that of the patch embedding for the class token."""
+    shapes = {"encoder.cls_token": [1, 1, 4], "encoder.dist_token": [1, 1, 4], "head.head_dist.weight": [3, 4]}
+    optim = OptimSettings(layer_decay=0.75, weight_decay=0.05, decay_tokens=False)
+    groups = flat_groups(Named(shapes, depth=12), optim)
+    assert groups == {
+        "encoder.cls_token": [pytest.approx(0.75**13), 0],
+        "encoder.dist_token": [1, 0],
+        "head.head_dist.weight": [1, 0.05],
+    }
+    decaying = flat_groups(Named(shapes, depth=12), optim.model_copy(update={"decay_tokens": True}))
+    assert decaying["encoder.dist_token"] == [1, 0.05]
+
+
 def test_tokens_decay_in_pre_training_and_vectors_never_do() -> None:
     shapes = {
         "encoder.cls_token": [1, 1, 4],

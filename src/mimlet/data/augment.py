@@ -28,8 +28,11 @@ _MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BI
 _LONGEST = 4
 
 
-def training_transform(augment: AugmentSettings, image_size: int) -> Transform:
+def training_transform(augment: AugmentSettings, image_size: int, changed: str = "image") -> Transform:
     """Random crop, flip, then RandAugment or colour jitter: one view `image`, uint8 [3,S,S].
+
+    With another name in `changed`, the result of the last step is the view of that name, and `image` the same crop
+    without it; there is only `image` where the settings have no such step.
 
     The crop is torchvision's RandomResizedCrop, or, with `pad_crop`, a crop of the zero-padded image (resized first
     only if its short side is not S). Colour jitter changes brightness, contrast and saturation by the same strength;
@@ -45,7 +48,7 @@ def training_transform(augment: AugmentSettings, image_size: int) -> Transform:
         raise ConfigError(
             f"data.augment.crop_ratio is {low}, {high}; expected smallest and largest width / height, above 0"
         )
-    return _Training(augment, image_size, _color(augment, image_size))
+    return _Training(augment, image_size, _color(augment, image_size), changed)
 
 
 def evaluation_transform(augment: AugmentSettings, image_size: int) -> Transform:
@@ -58,14 +61,16 @@ class _Training:
     augment: AugmentSettings
     size: int
     color: Callable[[Tensor], Tensor] | None
+    changed: str
 
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
         pixels = self._padded_crop(image) if self.augment.pad_crop else self._resized_crop(image)
         if torch.rand(()) < self.augment.flip:
             pixels = pixels.flip(-1)
+        views = {"image": pixels.contiguous()}
         if self.color is not None:
-            pixels = self.color(pixels)
-        return {"image": pixels.contiguous()}
+            views[self.changed] = self.color(views["image"]).contiguous()
+        return views
 
     def _resized_crop(self, image: Image.Image) -> Tensor:
         top, left, height, width = RandomResizedCrop.get_params(image, self.augment.crop_scale, self.augment.crop_ratio)

@@ -63,8 +63,11 @@ class Mask:
         return self.order[:, self.ids_keep.shape[1] :]
 
     def complement(self) -> Mask:
-        """The mask that hides exactly what this one shows (MIM-HD's second view)."""
-        return Mask.from_hidden(~self.hidden)
+        """The mask that hides exactly what this one shows (MIM-HD's second view); units keep their order."""
+        if self.ids_keep is None or self.ids_restore is None:
+            return Mask.from_hidden(~self.hidden)
+        units, visible = self.hidden.shape[1], self.ids_keep.shape[1]
+        return Mask(~self.hidden, self.ids_hidden, (self.ids_restore - visible) % units)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Mask:
         """The same mask on another device."""

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION_FILE = "encoder.json"
 TIMM_SIZES = {SIZES[name].timm: SIZES[name] for name in ("deit_tiny", "deit_small", "vit_base", "vit_large")}
+DISTILLED_SIZES = {
+    f"deit_{size}_distilled_patch16_224": SIZES[name]
+    for size, name in (("tiny", "deit_tiny"), ("small", "deit_small"), ("base", "vit_base"))
+}
 
 
 def export_encoder(
@@ -71,7 +75,7 @@ def export_classifier(
         raise RunError(f"{len(classes)} class names for a classifier of {task.classes} classes; they must agree")
     encoder, head = task.judged
     shape, pool = encoder.shape, task.settings.pool
-    arguments = None if head.head_dist else timm_arguments(shape, task.classes, pool)
+    arguments = None if head.dist_norm else timm_arguments(shape, task.classes, pool)
     description = {
         **_description("classifier", shape, mean, std, arguments),
         "pool": pool,
@@ -85,12 +89,13 @@ def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[s
     """Name and arguments for `timm.create_model` of the same architecture; None if timm has no such model.
 
     `pool`: 'mean' or 'class' for classifiers, '' for an encoder that returns all tokens. Relative positions are what
-    timm's plain ViT lacks.
+    timm's plain ViT lacks, and its models with a distillation token are classifiers of both tokens.
     """
-    if shape.relative != "none":
+    if shape.relative != "none" or (shape.distillation_token and pool != "class"):
         return None
-    name = next((name for name, size in TIMM_SIZES.items() if size.dim == shape.dim), "vit_tiny_patch16_224")
-    size = TIMM_SIZES[name]
+    known = DISTILLED_SIZES if shape.distillation_token else TIMM_SIZES
+    name = next((name for name, size in known.items() if size.dim == shape.dim), next(iter(known)))
+    size = known[name]
     numbers = {
         "img_size": (shape.image_size, 224),
         "patch_size": (shape.patch, size.patch),
@@ -153,8 +158,9 @@ images = (torch.rand(1, 3, {size}, {size}) - mean) / std
     if info["kind"] == "classifier":
         result, meaning = "scores", f"[B, {len(info['classes'])}], one score per class"
     else:
-        first = "class token, then " if info["shape"]["class_token"] else ""
-        tokens = (size // info["shape"]["patch"]) ** 2 + info["shape"]["class_token"]
+        names = [name for name in ("class", "distillation") if info["shape"].get(f"{name}_token")]
+        first = "".join(f"{name} token, " for name in names) + ("then " if names else "")
+        tokens = (size // info["shape"]["patch"]) ** 2 + len(names)
         result, meaning = "tokens", f"[B, {tokens}, {info['shape']['dim']}]: {first}patches in raster order"
     if info["timm"] is None:
         suffix = "" if info["kind"] == "classifier" else ".tokens"

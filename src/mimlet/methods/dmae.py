@@ -128,6 +128,14 @@ class DMAE(Method):
             tokens=decoder is not None and not decode_layer,
         )
         self.student_taps |= self.terms.student_taps
+        in_use = self.student_taps.tokens or encoder.depth in (*self.student_taps.hidden, *self.student_taps.normed)
+        if decoder is not None and not in_use and self.decode_layer < encoder.depth:
+            warnings.warn(
+                f"the decoder reads block {self.decode_layer} and no extra block follows block {encoder.depth}: its "
+                "value, output and MLP weights get no gradient and stay as initialised (the paper's literal form; the "
+                "released code sets extra_block = true)",
+                stacklevel=2,
+            )
         self.teacher_taps = Taps(
             normed=tuple(t for _, t in self.hidden_pairs),
             attention=tuple(t for _, t in self.attention_pairs),
@@ -234,11 +242,4 @@ class DMAE(Method):
         if not self.attention_pairs and not self.hidden_pairs and not len(self.terms):
             raise ConfigError(
                 "dmae distils nothing: give attention_layers, hidden_layers or terms, or use the method mae"
-            )
-        if self.decoder is not None and self.decode_layer < depth and self.extra is None:
-            warnings.warn(
-                f"the decoder reads block {self.decode_layer} and no extra block follows block {depth}: its value, "
-                "output and MLP weights get no gradient and stay as initialised (the paper's literal form; the "
-                "released code sets extra_block = true)",
-                stacklevel=2,
             )

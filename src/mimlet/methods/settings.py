@@ -34,6 +34,8 @@ Pair = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 
 NINE: list[Pair] = ["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 
+Heads = Literal["adaptive_block", "adaptive", "average", "significant", "learned_map", "regroup"]
+
 
 class AdaptiveSettings(Section):
     """Head-level adaptive matching (MIM-HD, section 3.2; what the paper leaves open is an option)."""
@@ -63,7 +65,7 @@ class RelationSettings(Section):
     label: str = Field("", description="prefix of the losses' names, where two such terms meet")
     weight: float = Field(1.0, gt=0)
     pairs: list[Pair] = Field(["qk", "vv"], min_length=1)
-    heads: Literal["adaptive_block", "adaptive", "average", "significant", "learned_map", "regroup"] = "adaptive_block"
+    heads: Heads = "adaptive_block"
     student_layer: int = Field(0, ge=0)
     teacher_layer: int = Field(0, ge=0)
     class_token: bool = Field(True, description="whether the class token takes part, where both have one")
@@ -154,14 +156,27 @@ class TinyMIMSettings(Section):
     terms: list[TermSettings] = []
 
 
+class AdaptiveRelationSettings(RelationSettings):
+    """MIM-HD's relations: head by head."""
+
+    heads: Heads = "adaptive"
+
+
 class MIMHDSettings(Section):
     """MIM-HD: adaptive relations head by head, and dual-view decoding through the teacher's decoder."""
 
     name: Literal["mimhd"] = "mimhd"
-    relations: RelationSettings = RelationSettings(heads="adaptive")
+    relations: AdaptiveRelationSettings = AdaptiveRelationSettings()
     reconstruct: bool = Field(True, description="false: relations only")
     dual_view: DualViewSettings = DualViewSettings()
     terms: list[TermSettings] = []
+
+
+class NineRelationSettings(RelationSettings):
+    """G2SD's relations: all nine, both sides split into equally many heads (0: as many as the teacher has)."""
+
+    pairs: list[Pair] = Field(NINE, min_length=1)
+    heads: Heads = "regroup"
 
 
 class G2SDSettings(Section):
@@ -176,7 +191,7 @@ class G2SDSettings(Section):
     decoder: DecoderSettings = DecoderSettings(depth=4, dim=128, heads=4)
     target: Literal["decoder", "decoder_masked", "encoder", "encoder_and_masked", "relations"] = "decoder"
     target_layer: int = Field(0, ge=0, description="block of the teacher's decoder; 0: the middle one (4 of 8)")
-    relations: RelationSettings = RelationSettings(pairs=NINE, heads="regroup")
+    relations: NineRelationSettings = NineRelationSettings()
     terms: list[TermSettings] = []
 
 

@@ -17,8 +17,10 @@ class ClassifierHead(nn.Module):
     """Features -> logits. Parameter names as in timm and MAE-lite: `fc_norm`, `head`, `dist_norm`, `head_dist`.
 
     Pool "mean": the mean of the last block's patch tokens, which skip the encoder's final norm and get a norm of their
-    own. Pool "class": the class token after the encoder's final norm. `distilled` adds a classifier on the class token
-    that answers to the teacher; it needs pool "mean". `scale` multiplies the initial weights.
+    own. Pool "class": the class token after the encoder's final norm. `distilled` adds a classifier that answers to the
+    teacher, on the `token` that is free for it: the class token with pool "mean", which gets a norm of its own, or the
+    encoder's distillation token with pool "class", after the encoder's final norm (with mean pooling it would leak into
+    the mean). `scale` multiplies the initial weights.
     """
 
     def __init__(
@@ -28,14 +30,20 @@ class ClassifierHead(nn.Module):
         pool: Literal["mean", "class"] = "mean",
         distilled: bool = False,
         scale: float = 1.0,
+        token: Literal["class", "distillation"] = "class",
     ) -> None:
         super().__init__()
-        if distilled and pool == "class":
-            raise ConfigError("method.distill trains the class token on the teacher's labels; set method.pool=mean")
+        if distilled and pool == token == "class":
+            raise ConfigError(
+                "method.distill trains the class token on the teacher's labels; set method.pool=mean, or "
+                "method.distill.token=distillation"
+            )
+        if distilled and (pool, token) == ("mean", "distillation"):
+            raise ConfigError("method.distill.token=distillation has the class token judged; set method.pool=class")
         self.needs_class_token = distilled or pool == "class"
         self.fc_norm = nn.LayerNorm(dim, eps=NORM_EPS) if pool == "mean" else None
         self.head = _linear(dim, classes, scale)
-        self.dist_norm = nn.LayerNorm(dim, eps=NORM_EPS) if distilled else None
+        self.dist_norm = nn.LayerNorm(dim, eps=NORM_EPS) if distilled and pool == "mean" else None
         self.head_dist = _linear(dim, classes, scale) if distilled else None
 
     def taps(self, depth: int) -> Taps:
@@ -45,12 +53,13 @@ class ClassifierHead(nn.Module):
     def forward(self, features: Features) -> tuple[Tensor, ...]:
         """The answer to `taps` -> logits [B,K] of each classifier: one, or two when distilled."""
         if self.fc_norm is None:
-            return (self.head(features.latent[:, 0]),)
-        (tokens,) = features.hidden.values()
-        logits = self.head(self.fc_norm(tokens[:, features.prefix :].mean(dim=1)))
-        if self.dist_norm is None or self.head_dist is None:
-            return (logits,)
-        return logits, self.head_dist(self.dist_norm(tokens[:, 0]))
+            judged, free = features.latent[:, 0], features.latent[:, features.prefix - 1]
+        else:
+            (tokens,) = features.hidden.values()
+            judged, free = self.fc_norm(tokens[:, features.prefix :].mean(dim=1)), tokens[:, 0]
+        if self.head_dist is None:
+            return (self.head(judged),)
+        return self.head(judged), self.head_dist(free if self.dist_norm is None else self.dist_norm(free))
 
 
 class Classifier(nn.Module):

@@ -74,6 +74,33 @@ class Features:
         """The final patch tokens without the prefix, [B,V,D]."""
         return self.latent[:, self.prefix :]
 
+    def trimmed(self, prefix: int) -> Features:
+        """The same with the first `prefix` of the prefix tokens only: without distillation and register tokens."""
+        if prefix == self.prefix:
+            return self
+
+        def trim(x: Tensor, dim: int = -2) -> Tensor:
+            patches = x.narrow(dim, self.prefix, x.shape[dim] - self.prefix)
+            return torch.cat([x.narrow(dim, 0, prefix), patches], dim)
+
+        hidden, normed, decoded = (
+            {i: trim(x) for i, x in maps.items()} for maps in (self.hidden, self.normed, self.decoded)
+        )
+        tokens = None if self.tokens is None else trim(self.tokens)
+        attention = {i: trim(trim(x), -1) for i, x in self.attention.items()}
+        qkv = {i: (trim(q), trim(k), trim(v)) for i, (q, k, v) in self.qkv.items()}
+        return Features(
+            prefix,
+            self.grid,
+            tokens=tokens,
+            hidden=hidden,
+            normed=normed,
+            attention=attention,
+            qkv=qkv,
+            levels=self.levels,
+            decoded=decoded,
+        )
+
     def resized(self, grid: tuple[int, int]) -> Features:
         """The same for another grid of patches: tokens, queries, keys and values are interpolated (bilinear), prefix
         tokens stay. Of whole images only; raises `ConfigError` for attention logits, which have no such map.

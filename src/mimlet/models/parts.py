@@ -65,17 +65,17 @@ def relative_index(rows: int, columns: int, prefix: int) -> Tensor:
     columns - 1, query minus key.
 
     The last three entries are class -> patch, patch -> class, class -> class (BEiT's convention); they stay unused
-    without a class token.
+    without a class token. A distillation token is treated as the class token.
     """
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     y, x = y.flatten(), x.flatten()
     patches = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
     if not prefix:
         return patches
-    entries = (2 * rows - 1) * (2 * columns - 1)
-    index = torch.empty(rows * columns + 1, rows * columns + 1, dtype=torch.long)
-    index[1:, 1:] = patches
-    index[0, :], index[:, 0], index[0, 0] = entries, entries + 1, entries + 2
+    entries, tokens = (2 * rows - 1) * (2 * columns - 1), prefix + rows * columns
+    index = torch.empty(tokens, tokens, dtype=torch.long)
+    index[prefix:, prefix:] = patches
+    index[:prefix], index[:, :prefix], index[:prefix, :prefix] = entries, entries + 1, entries + 2
     return index
 
 

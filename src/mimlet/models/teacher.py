@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -9,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, nearest
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, PYTHON, nearest
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.hardware import Accelerator, choose_accelerator, computes_in_bf16
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
+from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
 from mimlet.models.vit import ViT, ViTShape
 from mimlet.models.weights import (
     Channels,
@@ -23,9 +26,9 @@ from mimlet.models.weights import (
     Normalisation,
     fill_encoder,
     load_decoder,
-    open_checkpoint,
     renormalisation,
     shape_of_checkpoint,
+    triple,
 )
 from mimlet.models.zoo import SIZES
 
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
 class Teacher(nn.Module):
     """An encoder, maybe with its decoder, that is only looked at: eval mode, no gradient, own normalisation and type.
 
-    `encoder` is a ViT, or any module with the attributes `patch, dim, depth, heads, grid, prefix` (class tokens: 0 or
-    1) that answers `(images, mask, taps=...)` with `Features`; `takes_masks = True` if it can drop the patches that a
-    mask hides. Images arrive normalised as the student's (`students`: mean, std) and at the student's size, and are
-    brought to the teacher's `own` normalisation and to `size` px. Where the grid of its patches then still differs from
-    `grid`, what it answers is resized. In bf16 the matrices are stored in bf16 too: no weight is cast in a step.
+    `encoder` is a ViT, a model of timm or transformers (`ForeignEncoder`), or any module with the attributes `patch,
+    dim, depth, heads, grid, prefix` (class tokens: 0 or 1) that answers `(images, mask, taps=...)` with `Features`;
+    `takes_masks = True` if it can drop the patches that a mask hides. Images arrive normalised as the student's
+    (`students`: mean, std) and at the student's size, and are brought to the teacher's `own` normalisation and to
+    `size` px. Where the grid of its patches then still differs from `grid`, what it answers is resized. Of prefix
+    tokens only the class token is handed on. In bf16 the matrices are stored in bf16 too: no weight is cast in a step.
     """
 
     scale: Tensor
@@ -59,13 +63,7 @@ class Teacher(nn.Module):
         source: str = "the teacher",
     ) -> None:
         super().__init__()
-        lacking = [name for name in ("patch", "dim", "depth", "heads", "grid", "prefix") if not hasattr(encoder, name)]
-        if lacking:
-            raise ConfigError(
-                f"{source} is a {type(encoder).__name__} without the attribute{'s' if len(lacking) > 1 else ''} "
-                f"{', '.join(lacking)}; a teacher has patch, dim, depth, heads, grid (rows, columns) and prefix (1 "
-                "with a class token, else 0), and answers (images, mask, taps=...) with mimlet.Features"
-            )
+        _check_attributes(encoder, source)
         self.encoder, self.decoder, self.bf16 = encoder, decoder, bf16
         self.patch, self.dim, self.depth, self.heads = (
             int(getattr(encoder, name)) for name in ("patch", "dim", "depth", "heads")
@@ -73,7 +71,7 @@ class Teacher(nn.Module):
         rows, columns = cast(tuple[int, int], encoder.grid)
         self.own_grid = (size // self.patch, size // self.patch) if size else (rows, columns)
         self.grid = grid or self.own_grid
-        self.prefix = int(cast(int, encoder.prefix))
+        self.prefix = min(1, int(cast(int, encoder.prefix)))
         self.takes_masks = bool(getattr(encoder, "takes_masks", isinstance(encoder, ViT)))
         self.size, self.source = size, source
         self.relation_heads: dict[int, int] = {}
@@ -134,18 +132,53 @@ class Teacher(nn.Module):
         encoder_taps = replace(taps, decoded=(), tokens=taps.tokens or bool(taps.decoded))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features: Features = self.encoder(self.inputs(images), mask, taps=encoder_taps)
+            self._check_answer(features, len(images), mask, encoder_taps)
             if taps.decoded:
                 assert self.decoder is not None, "the teacher was not asked to bring its decoder"
                 assert mask is not None, "decoding needs a mask"
                 decoded = {i: self.decoder.features(features.latent, mask, i) for i in taps.decoded}
                 features = replace(features, decoded=decoded)
+        features = features.trimmed(self.prefix)
         return features if features.grid == self.grid else features.resized(self.grid)
+
+    def _check_answer(self, features: object, batch: int, mask: Mask | None, taps: Taps) -> None:
+        """Raises where an encoder, such as the user's own, does not answer what it was asked."""
+        name = f"{self.source} ({type(self.encoder).__name__})"
+        if not isinstance(features, Features):
+            raise ConfigError(f"{name} answered with {type(features).__name__}; a teacher answers with mimlet.Features")
+        patches = math.prod(features.grid) if mask is None or mask.ids_keep is None else mask.ids_keep.shape[1]
+        T = features.prefix + patches
+        maps, heads = (batch, T, self.dim), (batch, self.heads, T)
+        kinds: dict[str, tuple[int, ...]] = {"hidden": maps, "normed": maps, "attention": (*heads, T), "qkv": heads}
+        lacking, answered = [], []
+        for kind, expected in kinds.items():
+            given = getattr(features, kind)
+            lacking += [f"{kind} of block {i}" for i in getattr(taps, kind) if i not in given]
+            for i in set(given) & set(getattr(taps, kind)):
+                answered += [(f"{kind} of block {i}", x, expected) for x in (given[i] if kind == "qkv" else [given[i]])]
+        if taps.tokens:
+            lacking += ["tokens"] if features.tokens is None else []
+            answered += [("tokens", features.tokens, maps)] if features.tokens is not None else []
+        if lacking:
+            raise ConfigError(
+                f"{name} was asked for {', '.join(lacking)} and did not answer that; its Features have to hold what "
+                "taps asks for, or choose a method and layers that it can answer"
+            )
+        for what, x, expected in answered:
+            if tuple(x.shape[: len(expected)]) != expected:
+                raise ConfigError(
+                    f"{name} gave {what} of shape {list(x.shape)}, expected {list(expected)[: x.dim()]}: "
+                    f"batch {batch}, {T} tokens (prefix {features.prefix}, {patches} patches of its grid "
+                    f"{features.grid[0]} x {features.grid[1]}), width {self.dim}, {self.heads} heads"
+                )
 
 
 class Teachers:
     """Hands out teachers: equal requests get one object, so that trainings side by side share its work.
 
-    `module` is the user's own teacher, which then answers every request: a `Teacher`, or a module that can be made one.
+    `module` is the user's own teacher, which then answers every request in place of `config.teacher.path`: a `Teacher`,
+    taken as it is, or a module that can be made one. Such a module may also have `mean` and `std`, by which its input
+    is normalised (else ImageNet's).
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
@@ -160,20 +193,15 @@ class Teachers:
         """
         settings, augment = config.teacher, config.data.augment
         key = f"{settings.model_dump_json()} {student.shape.image_size} {student.grid} {augment.mean} {augment.std}"
+        mean, std, accelerator = augment.mean, augment.std, config.speed.accelerator
         teacher = self.known.get(key)
-        if self.module is not None:
-            own = self.module
-            teacher = own if isinstance(own, Teacher) else Teacher(own, students=(augment.mean, augment.std))
+        if isinstance(self.module, Teacher):
+            teacher = self.module
+        elif self.module is not None:
+            teacher = teacher or _adopted(self.module, settings, student, (mean, std), accelerator, "your module")
         elif teacher is None or (decoder and teacher.decoder is None):
             with torch.random.fork_rng(devices=[]):  # a student is initialised alike, whether its teacher is new or not
-                loaded = load_teacher(
-                    settings,
-                    student,
-                    decoder=decoder,
-                    mean=augment.mean,
-                    std=augment.std,
-                    accelerator=config.speed.accelerator,
-                )
+                loaded = load_teacher(settings, student, decoder=decoder, mean=mean, std=std, accelerator=accelerator)
             if teacher is None:
                 teacher = loaded
             teacher.decoder = loaded.decoder
@@ -202,28 +230,85 @@ def load_teacher(
     Raises `WeightsError` when the file does not fit, or when a decoder is needed and not wholly there.
     """
     assert settings.path is not None
-    native = computes_in_bf16(choose_accelerator(accelerator))
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and native)
-    checkpoint = open_checkpoint(settings.path)
-    shape = _shape(settings, checkpoint)
+    if settings.path.startswith(PYTHON):
+        raise ConfigError(
+            f"teacher.path={settings.path} stands for a module given from Python: mimlet.train(config, teacher=module)"
+        )
+    opened = open_teacher(settings.path)
+    if isinstance(opened, Foreign):
+        if settings.grid == "input":
+            opened.encoder.resize(student.grid[0] * opened.encoder.patch)
+        teacher = _adopted(opened.encoder, settings, student, (mean, std), accelerator, settings.path)
+        teacher.load_report = opened.report
+        return teacher
+    shape = _shape(settings, opened)
     if settings.grid == "input":
         shape = replace(shape, image_size=student.grid[0] * shape.patch)
     encoder = ViT(shape)
-    report = fill_encoder(encoder, checkpoint)
+    report = fill_encoder(encoder, opened)
     teacher = Teacher(
         encoder,
-        load_decoder(checkpoint, encoder) if decoder else None,
-        bf16=bf16,
-        own=(checkpoint.mean, checkpoint.std),
+        load_decoder(opened, encoder) if decoder else None,
+        bf16=_in_bf16(settings, accelerator),
+        own=(opened.mean, opened.std),
         students=(mean, std),
         size=shape.image_size,
         grid=student.grid,
-        source=checkpoint.source,
+        source=opened.source,
     )
     teacher.load_report = report
-    teacher.relation_heads = {int(block): int(heads) for block, heads in checkpoint.info.get("heads_of", {}).items()}
-    teacher.pixels = checkpoint.pixels
+    teacher.relation_heads = {int(block): int(heads) for block, heads in opened.info.get("heads_of", {}).items()}
+    teacher.pixels = opened.pixels
     return teacher
+
+
+def _adopted(
+    encoder: nn.Module,
+    settings: TeacherSettings,
+    student: ViT,
+    students: Normalisation,
+    accelerator: Literal["auto"] | Accelerator,
+    source: str,
+) -> Teacher:
+    """A model of timm or transformers, or a module of the user's own, as a teacher."""
+    _check_attributes(encoder, source)
+    patch, heads, (rows, _) = int(cast(int, encoder.patch)), encoder.heads, cast(tuple[int, int], encoder.grid)
+    if settings.name or settings.heads not in (0, heads):
+        raise ConfigError(
+            f"teacher.name and teacher.heads describe weights files; {source} has {heads} heads: leave them out"
+        )
+    size = encoder.size if isinstance(encoder, ForeignEncoder) else rows * patch
+    if settings.grid == "input":
+        size = student.grid[0] * patch
+        if isinstance(encoder, ForeignEncoder) and size != encoder.size:
+            encoder = deepcopy(encoder)  # others may use it at its size
+            encoder.resize(size)
+    mean, std = getattr(encoder, "mean", IMAGENET_MEAN), getattr(encoder, "std", IMAGENET_STD)
+    return Teacher(
+        encoder,
+        bf16=_in_bf16(settings, accelerator),
+        own=(triple(mean), triple(std)),
+        students=students,
+        size=size,
+        grid=student.grid,
+        source=source,
+    )
+
+
+def _in_bf16(settings: TeacherSettings, accelerator: Literal["auto"] | Accelerator) -> bool:
+    native = computes_in_bf16(choose_accelerator(accelerator))
+    return settings.precision == "bf16" or (settings.precision == "auto" and native)
+
+
+def _check_attributes(encoder: nn.Module, source: str) -> None:
+    """Raises where a module lacks what every teacher has."""
+    lacking = [name for name in ("patch", "dim", "depth", "heads", "grid", "prefix") if not hasattr(encoder, name)]
+    if lacking:
+        raise ConfigError(
+            f"{source} is a {type(encoder).__name__} without the attribute{'s' if len(lacking) > 1 else ''} "
+            f"{', '.join(lacking)}; a teacher has patch, dim, depth, heads, grid (rows, columns) and prefix (1 "
+            "with a class token, else 0), and answers (images, mask, taps=...) with mimlet.Features"
+        )
 
 
 def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> None:
@@ -249,11 +334,6 @@ def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> N
             f"{teacher.source} sees {teacher.own_grid[0]} x {teacher.own_grid[1]} patches, the student "
             f"{student.grid[0]} x {student.grid[1]}, and this method hides the same ones from both; "
             "set teacher.grid=input"
-        )
-    if teacher.prefix > 1:
-        raise WeightsError(
-            f"teacher {teacher.source} has a distillation token, which the student has not, and this method compares "
-            "the same tokens of both; give the encoder that its fine-tuning started from"
         )
     if teacher.prefix != student.prefix:
         raise WeightsError(

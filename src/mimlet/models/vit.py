@@ -1,6 +1,6 @@
 """The plain vision transformer, with taps.
 
-Parameter names follow timm's ViT, so that weights travel: `cls_token`, `pos_embed`, `patch_embed.proj`,
+Parameter names follow timm's ViT, so that weights travel: `cls_token`, `dist_token`, `pos_embed`, `patch_embed.proj`,
 `blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}`, `norm`.
 """
 
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViTShape:
-    """Everything that fixes a plain ViT's architecture. Stored with exported weights."""
+    """Everything that fixes a plain ViT's architecture. Stored with exported weights.
+
+    `distillation_token`: one more token after the class token, which answers to a teacher (DeiT, G2SD).
+    """
 
     image_size: int = 224
     patch: int = 16
@@ -46,6 +49,7 @@ class ViTShape:
     position: Literal["sincos", "learned"] = "sincos"
     relative: Literal["none", "full", "qv"] = "none"
     layer_scale: float | None = None
+    distillation_token: bool = False
 
 
 class PatchEmbed(nn.Module):
@@ -75,19 +79,25 @@ class ViT(nn.Module):
     With a mask and no `fill`, hidden patches are dropped before embedding (MAE); with `fill` [1,1,D], their
     embeddings are replaced by it (SimMIM, BEiT). Inputs of another size work: positions are interpolated (not the
     relative ones).
+
+    The distillation token stands at index 1 and has no position: G2SD appends it last, and attention does not care.
     """
 
     def __init__(self, shape: ViTShape, drop_path: float = 0.0, constant_drop_path: bool = False) -> None:
         super().__init__()
+        if shape.distillation_token and not shape.class_token:
+            raise ConfigError("a distillation token stands beside a class token; set encoder.class_token=true")
         self.shape = shape
         self.patch, self.dim, self.depth, self.heads = shape.patch, shape.dim, shape.depth, shape.heads
-        self.prefix = int(shape.class_token)
+        self.prefix = int(shape.class_token) + int(shape.distillation_token)
+        self.placed = int(shape.class_token)  # prefix tokens that have a position
         side = shape.image_size // shape.patch
         self.grid = (side, side)
         self.units = side * side
         self.patch_embed = PatchEmbed(shape.patch, shape.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.units, shape.dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.distillation_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.placed + self.units, shape.dim))
         relative = self.grid if shape.relative != "none" else None
         rates = torch.linspace(drop_path if constant_drop_path else 0, drop_path, shape.depth).tolist()
         self.blocks = nn.ModuleList(
@@ -115,8 +125,10 @@ class ViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.dist_token is not None:
+            nn.init.normal_(self.dist_token, std=0.02)
         if self.shape.position == "sincos":
-            self.pos_embed.copy_(F.pad(sincos_positions(self.dim, *self.grid), (0, 0, self.prefix, 0))[None])
+            self.pos_embed.copy_(F.pad(sincos_positions(self.dim, *self.grid), (0, 0, self.placed, 0))[None])
             self.pos_embed.requires_grad_(False)
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -138,6 +150,8 @@ class ViT(nn.Module):
         self.patch_embed.proj.reset_parameters()
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.dist_token is not None:
+            nn.init.trunc_normal_(self.dist_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.pos_embed.requires_grad_(True)
         if self.shape.relative != "none":
@@ -147,13 +161,13 @@ class ViT(nn.Module):
                 block.mlp.fc2.weight.div_((2 * i) ** 0.5)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The table [1, P + N, D] for a grid of patches."""
+        """The table for a grid of patches: [1, 1 + N, D], the class token first, or [1, N, D] without one."""
         if grid != self.grid and self.relative_position_index is not None:
             raise ConfigError(
                 f"an encoder with relative positions is fixed to its grid of {self.grid[0]} x {self.grid[1]} patches "
                 f"({self.shape.image_size} px); got {grid[0]} x {grid[1]}. Load it at that image_size instead"
             )
-        return resize_positions(self.pos_embed, self.grid, grid, self.prefix)
+        return resize_positions(self.pos_embed, self.grid, grid, self.placed)
 
     def embed(
         self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None
@@ -170,7 +184,7 @@ class ViT(nn.Module):
                 f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree"
             )
         table = self.positions(grid)
-        patch_table = table[:, self.prefix :]
+        patch_table = table[:, self.placed :]
         if mask is not None and fill is None:
             assert mask.ids_keep is not None, "dropping needs equally many visible units per image"
             x = self.patch_embed(images, mask.ids_keep) + patch_table[0][mask.ids_keep]
@@ -180,7 +194,10 @@ class ViT(nn.Module):
                 x = torch.where(mask.hidden[..., None], fill.to(x.dtype), x)
             x = x + patch_table
         if self.cls_token is not None:
-            x = torch.cat([(self.cls_token + table[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            first = self.cls_token + table[:, :1]
+            if self.dist_token is not None:
+                first = torch.cat([first, self.dist_token], dim=1)
+            x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         return x, grid
 
     def _bias_index(self, mask: Mask | None, fill: Tensor | None) -> Tensor | None:
@@ -188,7 +205,7 @@ class ViT(nn.Module):
         index = self.relative_position_index
         if index is None or mask is None or fill is not None or mask.ids_keep is None:
             return index
-        ids = F.pad(mask.ids_keep + self.prefix, (self.prefix, 0))
+        ids = F.pad(mask.ids_keep + self.prefix, (self.prefix, 0))  # all prefix tokens have the biases of the first
         return index[ids[:, :, None], ids[:, None, :]]
 
     def forward(
@@ -254,8 +271,8 @@ class ViT(nn.Module):
         assert not taps.decoded, "an encoder has no decoder; ask a teacher that carries one"
 
 
-def shape_of(settings: EncoderSettings) -> ViTShape:
-    """The architecture that settings describe."""
+def shape_of(settings: EncoderSettings, distillation_token: bool = False) -> ViTShape:
+    """The architecture that settings describe; a distillation token is the method's wish."""
     return ViTShape(
         image_size=settings.image_size,
         mlp_ratio=settings.mlp_ratio,
@@ -263,10 +280,11 @@ def shape_of(settings: EncoderSettings) -> ViTShape:
         position=settings.position,
         relative=settings.relative,
         layer_scale=settings.layer_scale,
+        distillation_token=distillation_token,
         **settings.resolved(),
     )
 
 
-def build_encoder(settings: EncoderSettings) -> ViT:
+def build_encoder(settings: EncoderSettings, distillation_token: bool = False) -> ViT:
     """A freshly initialised (MAE's init) encoder. Weights are loaded by `mimlet.models.weights`."""
-    return ViT(shape_of(settings), settings.drop_path, settings.drop_path_rule == "constant")
+    return ViT(shape_of(settings, distillation_token), settings.drop_path, settings.drop_path_rule == "constant")

@@ -48,10 +48,10 @@ HEADS_BY_WIDTH = {192: (3, 12), 384: (6, 12), 768: (12,), 1024: (16,), 1280: (16
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
 HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.", "pre_logits.", "attn_pool.")
 OF_DECODER, OF_HEAD = "of the decoder", "of the head"
-FOREIGN_PARTS = ("dist_token", "reg_token", "register_tokens", "norm_pre.", "rel_pos_bias.")
-FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias")
+FOREIGN_PARTS = ("reg_token", "register_tokens", "norm_pre.", "rel_pos_bias.")
+FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias", "dist_token")
 PLAIN_NAME = re.compile(
-    r"cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.("
+    r"(cls|dist)_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.("
     r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|gamma_[12]|attn\.([qv]_bias|relative_position_bias_table))"
 )
 
@@ -81,12 +81,12 @@ class Checkpoint:
     @property
     def mean(self) -> Channels:
         """Channel means that the encoder's input is normalised with."""
-        return _triple(self.info.get("mean", IMAGENET_MEAN))
+        return triple(self.info.get("mean", IMAGENET_MEAN))
 
     @property
     def std(self) -> Channels:
         """Channel deviations that the encoder's input is normalised with."""
-        return _triple(self.info.get("std", IMAGENET_STD))
+        return triple(self.info.get("std", IMAGENET_STD))
 
     @property
     def pixels(self) -> Literal["normalised", "raw"] | None:
@@ -156,7 +156,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "its origin, open it yourself with torch.load, save its weights with safetensors.torch.save_file, and "
                 "give that file"
             ) from None
-        reason = "" if isinstance(error, pickle.UnpicklingError | KeyError) else f" ({_first_line(error)})"
+        reason = "" if isinstance(error, pickle.UnpicklingError | KeyError) else f" ({first_line(error)})"
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes) is damaged or not a weights file{reason}; "
             "copy or download it again"
@@ -218,6 +218,7 @@ def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int 
             position="learned",
             relative=("qv" if "blocks.0.attn.q_bias" in state else "full") if table else "none",
             layer_scale=None if scale is None else float(scale.float().mean()),
+            distillation_token="dist_token" in state,
         )
     return replace(shape, image_size=image_size or shape.image_size)
 
@@ -266,9 +267,13 @@ def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None =
             report.fresh[name] = _why_fresh(name, checkpoint)
     for name in state:
         if not name.endswith("attn.qkv.bias"):
+            hint = (
+                "Only the method classify with method.distill.token=distillation can go on with such an encoder"
+                if name == "dist_token"
+                else "Set encoder.relative and encoder.layer_scale as in the file"
+            )
             raise WeightsError(
-                f"{checkpoint.source} has {name}, which the encoder lacks: it would compute something else. "
-                "Set encoder.relative and encoder.layer_scale as in the file"
+                f"{checkpoint.source} has {name}, which the encoder lacks: it would compute something else. {hint}"
             )
         report.skipped[name] = "the encoder has separate biases of queries and values"
     return report
@@ -349,11 +354,11 @@ def load_classifier(
     `mean`, `std`: how its images will arrive normalised. `WeightsError` if there is no classification head.
     """
     if str(source).startswith("timm:"):
-        timms = _create_timm(str(source).removeprefix("timm:"))
+        timms = create_timm(str(source).removeprefix("timm:"))
         config: Any = timms.pretrained_cfg
         if not timms.num_classes:
             raise WeightsError(f"{source} has no classification head; choose a model that was trained on labels")
-        own = (_triple(config["mean"]), _triple(config["std"]))
+        own = (triple(config["mean"]), triple(config["std"]))
         return timms.eval() if own == (mean, std) else Renormalised(timms, (mean, std), own).eval()
     checkpoint = open_checkpoint(source)
     classifier = _classifier(checkpoint, heads)
@@ -371,11 +376,15 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, o
 
 
 def encoder_state(encoder: ViT) -> dict[str, Tensor]:
-    """An encoder's tensors under timm's names."""
-    return {
+    """An encoder's tensors under timm's names; a distillation token has a row of zeros in timm's table of positions."""
+    state = {
         name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): value
         for name, value in encoder.state_dict().items()
     }
+    if encoder.dist_token is not None:
+        table = state["pos_embed"]
+        state["pos_embed"] = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
+    return state
 
 
 def save_decoder(path: Path, decoder: Decoder, normalised: bool) -> None:
@@ -417,10 +426,11 @@ _DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfil
 
 
 def _from_timm(name: str) -> Checkpoint:
-    return checkpoint_of_timm(_create_timm(name), f"timm:{name}")
+    return checkpoint_of_timm(create_timm(name), f"timm:{name}")
 
 
-def _create_timm(name: str) -> nn.Module:
+def create_timm(name: str) -> nn.Module:
+    """A model of timm with its published weights; `WeightsError` where there is none or no way to it."""
     import timm
 
     if not timm.is_model(name):
@@ -429,12 +439,12 @@ def _create_timm(name: str) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except OSError as error:
         raise WeightsError(
-            f"the weights of timm:{name} could not be fetched: {_first_line(error)}. Without a network, "
+            f"the weights of timm:{name} could not be fetched: {first_line(error)}. Without a network, "
             "download the model's file elsewhere and give its path instead"
         ) from None
     except RuntimeError as error:
         raise WeightsError(
-            f"timm has no weights for '{name}': {_first_line(error)}; see timm.list_pretrained()"
+            f"timm has no weights for '{name}': {first_line(error)}; see timm.list_pretrained()"
         ) from None
     return model
 
@@ -446,7 +456,8 @@ def _classifier(checkpoint: Checkpoint, heads: int) -> Classifier:
     encoder = ViT(shape_of_checkpoint(checkpoint, heads))
     fill_encoder(encoder, checkpoint)
     pool: Literal["mean", "class"] = "mean" if "fc_norm.weight" in state else "class"
-    head = ClassifierHead(encoder.dim, len(state["head.weight"]), pool, "head_dist.weight" in state)
+    token: Literal["class", "distillation"] = "class" if encoder.dist_token is None else "distillation"
+    head = ClassifierHead(encoder.dim, len(state["head.weight"]), pool, "head_dist.weight" in state, token=token)
     strange = head.state_dict().keys() ^ state.keys()
     if strange:
         raise WeightsError(f"{checkpoint.source} has another head than a linear classifier's ({min(strange)})")
@@ -463,7 +474,7 @@ def _from_file(path: Path) -> Checkpoint:
     try:
         shape = ViTShape(**info["shape"])
     except TypeError as error:
-        raise WeightsError(f"{path} was written by another version of mimlet: {_first_line(error)}") from None
+        raise WeightsError(f"{path} was written by another version of mimlet: {first_line(error)}") from None
     return replace(checkpoint, heads=shape.heads, shape=shape)
 
 
@@ -472,7 +483,7 @@ def _info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(metadata.get("mimlet", "{}"))
     except ValueError as error:
-        raise WeightsError(f"{path} carries a damaged description: {_first_line(error)}") from None
+        raise WeightsError(f"{path} carries a damaged description: {first_line(error)}") from None
     return info
 
 
@@ -507,11 +518,24 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
             raise WeightsError(
                 f"{source} is not a plain ViT: no {name} among its {len(tensors)} tensors ({first}, ...)"
             )
+    if "dist_token" in encoder:
+        _move_position(encoder)
     customs = HEADS_BY_WIDTH.get(len(encoder["patch_embed.proj.weight"]), ())
     # MAE-lite (saved under "model", wrapped in "model.") and MoCo v3 have 12 heads in ViT-Tiny and ViT-Small too.
     if 12 in customs and ((container, wrapper) == ("model", "model.") or wrapper == "base_encoder."):
         customs = (12,)
     return Checkpoint(source, encoder, decoder, head, ignored, customs=customs, info=info)
+
+
+def _move_position(encoder: dict[str, Tensor]) -> None:
+    """Adds the distillation token's row of the table to the token itself, as our encoder has none for it. DeiT's and
+    timm's tables have that row (2 + N), G2SD's have not (1 + N).
+    """
+    table = encoder["pos_embed"]
+    patches = table.shape[1] - 2
+    if math.isqrt(patches) ** 2 == patches:
+        encoder["dist_token"] = encoder["dist_token"] + table[:, 1:2]
+        encoder["pos_embed"] = torch.cat([table[:, :1], table[:, 2:]], dim=1)
 
 
 def _check_fit(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None, report: LoadReport) -> None:
@@ -553,9 +577,9 @@ def _fitted(
 ) -> Tensor:
     """The value in the shape of the parameter: a table of positions is resized, anything else must fit."""
     if name.endswith("pos_embed") and value.shape[1] != parameter.shape[1]:
-        side = _side(checkpoint, name, value, encoder.prefix)
+        side = _side(checkpoint, name, value, encoder.placed)
         report.resized[name] = f"{side} x {side} to {encoder.grid[0]} x {encoder.grid[1]} patches, bicubic"
-        value = resize_positions(value, (side, side), encoder.grid, encoder.prefix)
+        value = resize_positions(value, (side, side), encoder.grid, encoder.placed)
     if value.shape != parameter.shape:
         raise WeightsError(
             f"{checkpoint.source}: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
@@ -619,10 +643,12 @@ def _harmless_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], s
     return [argparse.Namespace, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
-def _triple(values: Any) -> Channels:
+def triple(values: Any) -> Channels:
+    """Three numbers, one per channel."""
     red, green, blue = values
     return float(red), float(green), float(blue)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, shortly."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -24,13 +24,15 @@ from mimlet.atomic import write_atomic
 from mimlet.config import flatten
 from mimlet.methods.settings import METHODS
 from mimlet.models.weights import ENCODER_FILE
-from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, swatch
+from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, shares_svg, swatch
 from mimlet.run import Line, Run, read_run
 
 CIRCUMSTANCES = frozenset(
     {"step", "epoch", "kind", "time", "lr", "grad_norm", "images_per_second", "data_wait", "memory_mb"}
 )
 """What is in records beside losses, other values that a method logs, and results of evaluations."""
+HEADS = re.compile(r"(?P<label>.*?)head_(?P<what>entropy|share)_(?P<pair>[qkv]{2})(_(?P<head>\d+))?")
+"""What adaptive head matching is watched by (`mimlet.methods.relations`)."""
 BETTER_HIGH = re.compile(r"top|acc|%", re.IGNORECASE)
 BETTER_LOW = re.compile(r"loss|error", re.IGNORECASE)
 MISSING = "–"
@@ -109,8 +111,10 @@ class Shown:
 
     @cached_property
     def losses(self) -> list[str]:
-        """What training logged beside rate and speed; without the total where it only repeats a single loss."""
-        names = [name for name in _names(self.train) if name not in CIRCUMSTANCES]
+        """What training logged beside rate, speed and head matching; without the total where it only repeats a single
+        loss.
+        """
+        names = [name for name in _names(self.train) if name not in CIRCUMSTANCES and not HEADS.fullmatch(name)]
         parts = [name for name in names if name != "total"]
         repeated = len(parts) == 1 and _values(self.train, "total") == _values(self.train, parts[0])
         return parts if repeated else names
@@ -219,6 +223,7 @@ def _chart(
     from_zero: bool = False,
     log: bool = False,
     last: bool = True,
+    references: Mapping[str, float] | None = None,
 ) -> Iterator[Chart]:
     """One quantity of all runs that have it, if any has. A share given in '%' is multiplied by 100."""
     title = title or _words(name)
@@ -229,7 +234,8 @@ def _chart(
             curve = Curve(shown.label, x, y, shown.style)
             curves.append(averaged(curve) if average else curve)
     if curves:
-        yield Chart(title, curves_svg(curves, title=title, unit=unit, from_zero=from_zero, log=log, last=last))
+        svg = curves_svg(curves, title=title, unit=unit, from_zero=from_zero, log=log, last=last, references=references)
+        yield Chart(title, svg)
 
 
 def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
@@ -239,12 +245,46 @@ def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
     training += _chart(runs, "train", "lr", "learning rate", from_zero=True, last=False)
     return {
         "Losses and learning rate": training,
+        "Head matching": list(_matching(runs)),
         "Evaluation": [chart for name in _judged(runs) for chart in _chart(runs, "eval", name)],
         "Speed": [
             *_chart(runs, "train", "images_per_second", average=True, from_zero=True),
             *_chart(runs, "train", "data_wait", "time spent waiting for data", "%", average=True, from_zero=True),
         ],
     }
+
+
+def _matching(runs: Sequence[Shown]) -> Iterator[Chart]:
+    """For each relation that is matched head by head: which teacher heads the students of each run imitate, and how
+    spread their weights are.
+    """
+    watched = [match for shown in runs for name in _names(shown.train) if (match := HEADS.fullmatch(name))]
+    for label, pair in dict.fromkeys((match["label"], match["pair"]) for match in watched):
+        title = f"{_words(label)}{'-'.join(pair.upper())}"
+        counts = set()
+        for shown in runs:
+            shares = _shares(shown, f"{label}head_share_{pair}_")
+            counts.add(len(shares))
+            if shares and len(shares[0].x) > 1:
+                whose = f", {shown.label}" if len(runs) > 1 else ""
+                named = f"{title}: share of each teacher head{whose}"
+                yield Chart(named, shares_svg(shares, title=named, part="head"))
+        uniform = {f"all {heads} heads alike": math.log(heads) for heads in sorted(counts) if heads}
+        name, named = f"{label}head_entropy_{pair}", f"{title}: entropy of the weights, in nats"
+        yield from _chart(runs, "train", name, named, average=True, from_zero=True, references=uniform)
+
+
+def _shares(shown: Shown, prefix: str) -> list[Curve]:
+    """The share of each head over training, labelled by its number, from the records that have all of them."""
+    names = [name for name in _names(shown.train) if name.startswith(prefix)]
+    lines = [line for line in shown.train if all(_is_finite(line.get(name)) for name in names)]
+    steps = [int(line["step"]) for line in lines]
+    numbers = [str(int(name.removeprefix(prefix))) for name in names]
+    return [
+        averaged(Curve(number, steps, _values(lines, name)))
+        for number, name in zip(numbers, names, strict=True)
+        if lines
+    ]
 
 
 def _losses(runs: Sequence[Shown]) -> list[str]:

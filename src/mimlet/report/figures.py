@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ MAX_POINTS = 500
 DOTS = 12
 """Lines of so few points show each of them."""
 LABELS = 6
+COLOURED = 5
+"""So many shares have a colour of their own."""
 DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2")
 """With the 6 colours of page.html, styles repeat after 30 lines."""
 
@@ -56,7 +58,7 @@ def reconstruction_grid(
     mean: Sequence[float],
     std: Sequence[float],
     columns: int = 8,
-    labels: tuple[str, str, str] = ("original", "what the encoder sees", "reconstruction"),
+    labels: tuple[str, str, str] = ("original", "visible", "reconstruction"),
 ) -> bytes:
     """PNG of three labelled rows per `columns` images, from normalised images [B,3,H,W].
 
@@ -160,19 +162,22 @@ def curves_svg(
     from_zero: bool = False,
     log: bool = False,
     last: bool = True,
+    references: Mapping[str, float] | None = None,
 ) -> Markup:
     """An SVG line chart over whole numbers: grid, ticks, last values, and what the page's script shows on hovering.
 
     `title` and the last values are its text alternative. Colours come from the page's classes `s0` to `s5`, so that
     it follows the theme. `log` allows a logarithmic axis where values are positive and span more than a factor
-    of 30. `last`: whether up to 6 lines have their last value written beside them. Points that are not finite are
-    left out.
+    of 30. `last`: whether up to 6 lines have their last value written beside them. `references`: values by name that
+    lines are to be held against, drawn across a linear axis. Points that are not finite are left out.
     """
+    references = references or {}
     lines = [(curve, *thin(curve.x, curve.y)) for curve in curves]
     lines = [line for line in lines if len(line[1])]
     assert lines, "a figure needs at least one finite point"
     x_low, x_high = min(float(x[0]) for _, x, _ in lines), max(float(x[-1]) for _, x, _ in lines)
-    y_low, y_high = min(float(y.min()) for *_, y in lines), max(float(y.max()) for *_, y in lines)
+    held = list(references.values())
+    y_low, y_high = min([float(y.min()) for *_, y in lines] + held), max([float(y.max()) for *_, y in lines] + held)
     logarithmic = log and y_low > 0 and y_high > 30 * y_low
     if logarithmic:
         y_ticks = _log_ticks(y_low, y_high)
@@ -181,45 +186,96 @@ def curves_svg(
         y_low, y_high = y_ticks[0], y_ticks[-1]
     frame = _Frame(x_low, x_high, y_low, y_high, logarithmic)
 
-    ends = "; ".join(f"{curve.label} ends at {number(y[-1])}{unit}" for curve, _, y in lines)
-    parts = [
-        Markup(
-            '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-x="{}" data-unit="{}">'
-        ).format(frame.width, frame.height, f"{title} by {x_label}: {ends}.", x_label, unit),
-        *_axes(
-            frame,
-            [tick for tick in ticks(x_low, x_high) if x_low <= tick <= x_high and tick.is_integer()],
-            y_ticks,
-            x_label,
-            unit,
-        ),
-    ]
+    ends = "; ".join(
+        [f"{curve.label} ends at {number(y[-1])}{unit}" for curve, _, y in lines]
+        + [f"{name} is {number(value)}{unit}" for name, value in references.items()]
+    )
+    parts = [*_start(frame, f"{title} by {x_label}: {ends}.", y_ticks, x_label, unit)]
+    for name, value in references.items():
+        down = f"{float(frame.down(value)):.1f}"
+        parts.append(Markup('<path class="reference" d="M{} {}H{}"/>').format(frame.left, down, frame.right))
+        text = f"{name}: {number(value)}{unit}"
+        parts.append(Markup('<text class="end" x="{}" y="{}" dy="-.35em">{}</text>').format(frame.right, down, text))
     for curve, x, y in lines:
-        points = [(f"{px:.1f}", f"{py:.1f}") for px, py in zip(frame.across(x), frame.down(y), strict=True)]
+        points = _points(frame, x, y)
         colour, dash = _style(curve.style)
         parts.append(
-            Markup(
-                '<polyline class="line {}" stroke-dasharray="{}" data-label="{}" data-xs="{}" data-ys="{}" '
-                'points="{}"/>'
-            ).format(
-                colour,
-                dash,
-                curve.label,
-                " ".join(f"{value:.10g}" for value in x),
-                " ".join(number(value) for value in y),
-                " ".join(",".join(point) for point in points),
+            Markup('<polyline class="line {}" stroke-dasharray="{}" {} points="{}"/>').format(
+                colour, dash, _read(curve.label, x, y), " ".join(",".join(point) for point in points)
             )
         )
         if len(points) <= DOTS:
             dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="3"/>')
             parts += [dot.format(colour, px, py) for px, py in points]
     if last and len(lines) <= LABELS:
-        places = _apart([float(frame.down(y[-1])) for *_, y in lines], distance=13, lowest=frame.bottom - 2)
-        value = Markup('<text class="value {}" x="{:.1f}" y="{:.1f}" dy=".35em">{}</text>')
-        for (curve, x, y), place in zip(lines, places, strict=True):
-            text = number(y[-1]) + unit
-            parts.append(value.format(_style(curve.style)[0], float(frame.across(x[-1])) + 7, place, text))
+        written = [
+            (_style(curve.style)[0], float(frame.across(x[-1])), float(frame.down(y[-1])), number(y[-1]) + unit)
+            for curve, x, y in lines
+        ]
+        parts += _beside(frame, written)
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def shares_svg(shares: Sequence[Curve], *, title: str, part: str, x_label: str = "step") -> Markup:
+    """An SVG of what shares of 1 do: bands on top of each other, the first at the top, all over the same points x.
+
+    The 5 that are largest at the end have colours and their number and share written beside them, the others are grey;
+    the page's script shows all on hovering. `part`: what a share belongs to; curves are labelled by its number.
+    """
+    x = np.asarray(shares[0].x, dtype=np.float64)
+    percent = 100 * np.asarray([curve.y for curve in shares], dtype=np.float64)
+    frame = _Frame(float(x[0]), float(x[-1]), 0.0, 100.0, False)
+    edges = 100 - np.asarray([np.zeros_like(x), *accumulate(percent)])
+    largest = sorted(range(len(shares)), key=lambda index: -percent[index, -1])[:COLOURED]
+    colours = {index: f"s{rank}" for rank, index in enumerate(largest)}
+
+    last = [f"{curve.label}: {_percent(share)}" for curve, share in zip(shares, percent[:, -1], strict=True)]
+    ends = ", ".join(f"{part} {last[index]}" for index in largest)
+    others = [index for index in range(len(shares)) if index not in largest]
+    rest = f", {len(others)} others {_percent(percent[others, -1].sum())}" if others else ""
+    parts = [*_start(frame, f"{title} by {x_label}: at the end {ends}{rest}.", ticks(0.0, 100.0), x_label, "%")]
+    for index, curve in enumerate(shares):
+        colour = colours.get(index, "rest")
+        above, below = (" L".join(" ".join(point) for point in _points(frame, x, edges[index + i])) for i in (0, 1))
+        outline = f"M{above} L{' L'.join(reversed(below.split(' L')))}Z"
+        middle = " ".join(",".join(point) for point in _points(frame, x, (edges[index] + edges[index + 1]) / 2))
+        read = _read(f"{part} {curve.label}", x, percent[index])
+        parts.append(Markup('<path class="band {}" d="{}"/>').format(colour, outline))
+        parts.append(Markup('<polyline class="middle {}" {} points="{}"/>').format(colour, read, middle))
+    written = [
+        (colours[index], float(frame.right), float(frame.down(edges[index : index + 2, -1].mean())), last[index])
+        for index in sorted(largest)
+    ]
+    return Markup("").join([*parts, *_beside(frame, written), Markup("</svg>")])
+
+
+def _start(frame: _Frame, words: str, y_ticks: Sequence[float], x_label: str, unit: str) -> Iterator[Markup]:
+    """The opening tag, with words for those who do not see the figure, and the axes."""
+    yield Markup(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-x="{}" data-unit="{}">'
+    ).format(frame.width, frame.height, words, x_label, unit)
+    between = [tick for tick in ticks(frame.x_low, frame.x_high) if frame.x_low <= tick <= frame.x_high]
+    yield from _axes(frame, [tick for tick in between if tick.is_integer()], y_ticks, x_label, unit)
+
+
+def _points(frame: _Frame, x: Array, y: Array) -> list[tuple[str, str]]:
+    """Where values lie in the figure."""
+    return [(f"{px:.1f}", f"{py:.1f}") for px, py in zip(frame.across(x), frame.down(y), strict=True)]
+
+
+def _read(label: str, x: Array, y: Array) -> Markup:
+    """What the page's script reads from a line."""
+    return Markup('data-label="{}" data-xs="{}" data-ys="{}"').format(
+        label, " ".join(f"{value:.10g}" for value in x), " ".join(number(value) for value in y)
+    )
+
+
+def _beside(frame: _Frame, values: Sequence[tuple[str, float, float, str]]) -> Iterator[Markup]:
+    """Texts right of where lines end: (colour, x, y, text)."""
+    places = _apart([y for _, _, y, _ in values], distance=13, lowest=frame.bottom - 2)
+    for (colour, x, _, text), place in zip(values, places, strict=True):
+        value = Markup('<text class="value {}" x="{:.1f}" y="{:.1f}" dy=".35em">{}</text>')
+        yield value.format(colour, x + 7, place, text)
 
 
 def _axes(
@@ -276,6 +332,11 @@ def number(value: float, digits: int = 4) -> str:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def _percent(share: float) -> str:
+    """0.4%, 4.5%, 45%."""
+    return f"{share:.{int(share < 9.95)}f}%"
 
 
 def short(tick: float) -> str:

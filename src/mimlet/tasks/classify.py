@@ -1,4 +1,6 @@
-"""Image classification: from scratch, by fine-tuning, or with label distillation (MAE-lite's recipes)."""
+"""Image classification: from scratch, by fine-tuning, or with label distillation (MAE-lite's recipes, G2SD's specific
+stage).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from mimlet.methods.settings import ClassifySettings
 from mimlet.models.classifier import Classifier, ClassifierHead
 from mimlet.models.vit import ViT, build_encoder
 from mimlet.models.weights import LoadReport, encoder_state, load_classifier, load_encoder_weights
-from mimlet.objectives.kd import hard_distillation, soft_distillation
+from mimlet.tasks.distil import LabelTerm
 from mimlet.tasks.metrics import evaluating
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ class Classify(Task):
     """Train an encoder and its head on labels.
 
     Batches are erased and mixed here, in timm's order and from the global generators. With a `teacher` (images
-    [B,3,H,W] -> logits [B,K]), a second classifier learns its answers to the very same images, and scores are the mean
-    of both classifiers' logits. With `ema_decay`, scores come from moving averages of encoder and head.
+    [B,3,H,W] -> logits [B,K]), a second classifier learns its answers to the very same images, from the class token or
+    from a token of its own (`distill.token`), and scores are the mean of both classifiers' logits. With `ema_decay`,
+    scores come from moving averages of encoder and head.
     """
 
     encoder: ViT
@@ -46,8 +49,16 @@ class Classify(Task):
         self.classes = classes
         self.load_report: LoadReport | None = None
         self.encoder = encoder
-        self.head = ClassifierHead(encoder.dim, classes, settings.pool, teacher is not None, settings.head_scale)
-        if self.head.needs_class_token and not encoder.prefix:
+        distill = settings.distill
+        self.head = ClassifierHead(
+            encoder.dim, classes, settings.pool, teacher is not None, settings.head_scale, distill.token
+        )
+        if (encoder.dist_token is not None) != (teacher is not None and distill.token == "distillation"):
+            raise ConfigError(
+                f"the encoder has {'no' if encoder.dist_token is None else 'a'} distillation token; such a token "
+                "(ViTShape.distillation_token) and method.distill.token=distillation with a teacher go together"
+            )
+        if self.head.needs_class_token and encoder.cls_token is None:
             raise ConfigError(
                 "method.pool=class and method.distill read the class token, and this encoder has none; "
                 "set encoder.class_token=true, or method.pool=mean without method.distill"
@@ -58,10 +69,11 @@ class Classify(Task):
         self.average_encoder = copy.deepcopy(encoder).requires_grad_(False) if settings.ema_decay else None
         self.average_head = copy.deepcopy(self.head).requires_grad_(False) if settings.ema_decay else None
         self.weights = {"classification": 1.0}
+        self.distillation: LabelTerm | None = None
         if teacher is not None:
             teacher.requires_grad_(False).eval()
-            share = settings.distill.weight
-            self.weights = {"classification": 1 - share, "distillation": share}
+            self.distillation = LabelTerm(distill)
+            self.weights = {"classification": 1 - distill.weight, **self.distillation.weights}
         self.mixup = None
         if settings.mixup or settings.cutmix:
             self.mixup = Mixup(  # type: ignore[no-untyped-call]
@@ -74,13 +86,15 @@ class Classify(Task):
         settings = config.method
         assert isinstance(settings, ClassifySettings)
         classes = count_classes(settings.classes, classes)
-        encoder = build_encoder(config.encoder)
+        distill = settings.distill
+        token = distill.kind != "none" and distill.token == "distillation"
+        encoder = build_encoder(config.encoder, distillation_token=token)
         encoder.init_classifier_()
         report = None
         if config.encoder.weights:
             report = load_encoder_weights(encoder, config.encoder.weights, config.encoder.keep_blocks)
         teacher = None
-        if settings.distill.kind != "none":
+        if distill.kind != "none":
             path, augment = config.teacher.path, config.data.augment
             assert path is not None
             teacher = load_classifier(path, config.teacher.heads, mean=augment.mean, std=augment.std)
@@ -97,10 +111,10 @@ class Classify(Task):
         logits = self.head(self.encoder(images, taps=self.head.taps(self.encoder.depth)))
         smoothing = 0.0 if self.mixup else self.settings.smoothing
         losses = {"classification": F.cross_entropy(logits[0].float(), targets, label_smoothing=smoothing)}
-        if self.teacher is not None:
+        if self.teacher is not None and self.distillation is not None:
             with torch.no_grad():
                 answer = self.teacher(images)
-            losses["distillation"] = self._distillation(logits[1], answer)
+            losses |= self.distillation(logits[1], answer, clock)
         right = logits[0].argmax(dim=1) == (targets.argmax(dim=1) if targets.dim() == 2 else targets)
         return {**losses, "accuracy": 100 * right.float().mean()}
 
@@ -150,17 +164,6 @@ class Classify(Task):
         state = {**encoder_state(encoder), **head.state_dict()}
         skipped = () if head.fc_norm is None else ("norm.weight", "norm.bias")
         return {name: value for name, value in state.items() if name not in skipped}
-
-    def _distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if student.shape != teacher.shape:
-            raise ConfigError(
-                f"the teacher knows {teacher.shape[1]} classes, the data has {self.classes}; "
-                "label distillation needs a teacher trained on the same classes"
-            )
-        distill = self.settings.distill
-        if distill.kind == "hard":
-            return hard_distillation(student, teacher)
-        return soft_distillation(student, teacher, distill.temperature)
 
 
 def count_classes(asked: int, found: int) -> int:

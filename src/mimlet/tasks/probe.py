@@ -139,7 +139,12 @@ def extract_features(
 
 
 def logistic_probe(train: Labelled, test: Labelled, seed: int = 0) -> dict[str, float]:
-    """Logistic regression on standardised features: top1, and top5 above five classes, in percent.
+    """Logistic regression: top1, and top5 above five classes, in percent. See `fit_logistic`."""
+    return score_logistic(fit_logistic(train, seed), test)
+
+
+def fit_logistic(train: Labelled, seed: int = 0) -> Pipeline:
+    """Logistic regression on standardised features.
 
     scikit-learn's C is chosen from `PENALTIES` on held-out training images (one in five, and at least one, of every
     class that has two; `seed` draws them), the smallest of equally good ones; the last fit uses all training images.
@@ -153,10 +158,15 @@ def logistic_probe(train: Labelled, test: Labelled, seed: int = 0) -> dict[str, 
     if held.any():
         fits = (_fit(features[~held], labels[~held], penalty) for penalty in PENALTIES)
         best = PENALTIES[int(np.argmax([fit.score(features[held], labels[held]) for fit in fits]))]
-    model = _fit(features, labels, best)
-    likelihood = torch.full((len(test[0]), _classes(train, test)), -torch.inf)
+    return _fit(features, labels, best)
+
+
+def score_logistic(model: Pipeline, test: Labelled) -> dict[str, float]:
+    """What a `fit_logistic` makes of other features: top1, and top5 above five classes, in percent."""
+    classes = 1 + max(int(model.classes_.max()), int(test[1].max()))
+    likelihood = torch.full((len(test[0]), classes), -torch.inf)
     likelihood[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(test[0].numpy())).float()
-    scores = Scores(likelihood.shape[1])
+    scores = Scores(classes)
     scores.update(likelihood, test[1])
     return scores.summary()
 

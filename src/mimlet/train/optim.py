@@ -39,7 +39,8 @@ def parameter_groups(method: Method, optim: OptimSettings) -> list[Group]:
     One-dimensional parameters and biases never decay; class token, mask token and position tables decay only with
     `decay_tokens` (MAE's pre-training has them decay, its fine-tuning not); relative position tables always decay. With
     `layer_decay` d < 1 and N blocks the scale is d^(N + 1 - i): i = 0 for the encoder's tokens, positions and patch
-    embedding, k for its k-th block, N + 1 for the rest (BEiT's rule, as in MAE's fine-tuning).
+    embedding, k for its k-th block, N + 1 for the rest (BEiT's rule, as in MAE's fine-tuning), to which a distillation
+    token belongs (G2SD).
     """
     depth = cast(int, method.encoder.depth) if optim.layer_decay < 1 else 0
     groups: dict[tuple[float, float, bool], Group] = {}
@@ -59,7 +60,7 @@ def _layer(name: str, depth: int) -> int:
     """The number of a parameter's layer for layer-wise decay, 0 to depth + 1."""
     if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
         return int(block[1]) + 1
-    return 0 if re.match(r"encoder\.(\w+_token$|pos_embed$|patch_embed\.)", name) else depth + 1
+    return 0 if re.match(r"encoder\.(cls_token$|pos_embed$|patch_embed\.)", name) else depth + 1
 
 
 def make_optimizer(groups: list[Group], optim: OptimSettings, *, fused: bool = True) -> torch.optim.Optimizer:

@@ -1,0 +1,61 @@
+"""Every method of pre-training side by side, then label distillation; alone, or as one of two processes by torchrun."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimlet import api
+from mimlet.config import Config, load_config
+
+DECODER = {"dim": 12, "heads": 3}
+ADAPTIVE = {"kind": "relations", "heads": "adaptive", "label": "heads"}
+PRETRAIN: dict[str, dict[str, Any]] = {
+    "mae": {"name": "mae", "decoder": DECODER},
+    "dmae": {"name": "dmae", "decoder": DECODER},
+    "d2mae_heads": {"name": "dmae", "decoder": DECODER, "decode_layer": 1, "attention_layers": [], "terms": [ADAPTIVE]},
+    "tinymim": {"name": "tinymim"},
+    "average": {"name": "tinymim", "relations": {"heads": "average", "pairs": ["qk", "vv", "kk"]}},
+    "learned_map": {"name": "tinymim", "relations": {"heads": "learned_map"}},
+    "mimhd": {"name": "mimhd", "dual_view": {"target": "normalised"}},
+    "mimhd_mixture": {"name": "mimhd", "relations": {"heads": "adaptive", "adaptive": {"reading": "mixture"}}},
+    "g2sd": {"name": "g2sd", "decoder": DECODER},
+    "dmae_features": {"name": "dmae_features", "decoder": DECODER},
+}
+FINETUNE: dict[str, dict[str, Any]] = {
+    "classify": {"name": "classify"},
+    "class_token": {"name": "classify", "distill": {"kind": "soft"}},
+    "distillation_token": {
+        "name": "classify",
+        "pool": "class",
+        "distill": {"kind": "hard", "token": "distillation"},
+    },
+}
+
+
+def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
+    """Four steps of 8 images, by plain gradient descent: rounding must not grow."""
+    return load_config(
+        {
+            "encoder": {"name": "vit_nano", "image_size": 16, "dim": 24, "depth": 2, "heads": 3},
+            "method": method,
+            "teacher": {"path": str(teacher), "precision": "32"},
+            "data": {"path": [str(data)], "augment": {"color_jitter": 0.4}},
+            "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0},
+            "schedule": {"batch": 8, "steps": 4},
+            "speed": {"accelerator": "cpu", "precision": "32", "workers": 0, "accumulate": pieces},
+            "run": {"out": str(out), "tensorboard": False, "report": False, "log_steps": 1},
+        }
+    )
+
+
+def main(data: Path, teachers: Path, out: Path, pieces: int) -> None:
+    """Trains all methods into folders below `out`; each batch in as many pieces per process."""
+    for methods, teacher in ((PRETRAIN, "encoder"), (FINETUNE, "labels")):
+        api.compare([config(method, teachers / teacher, data, out / name, pieces) for name, method in methods.items()])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(Path, sys.argv[1:4]), pieces=1)
