@@ -128,6 +128,9 @@ def _train_together(
     config = configs[0]
     fabric = make_fabric(config.speed)
     say = _teller(fabric)
+    idle = [each.method.name for each in configs if not METHODS[each.method.name].teacher]
+    if teachers.module is not None and idle:
+        raise ConfigError(f"method '{idle[0]}' does not ask a teacher given from Python; leave it out")
     labelled = METHODS[config.method.name].labels
     source = open_source(config.data.path, labelled=labelled, index=config.data.index)
     trainings = [_Training(each, source, fabric, teachers, say) for each in configs]
