@@ -108,7 +108,7 @@ def test_is_loaded_with_decoder_and_normalisation(tmp_path: Path) -> None:
     assert torch.equal(teacher.decoder.pred.weight, decoder.pred.weight)
     assert not teacher.decoder.pred.weight.requires_grad
     assert teacher.load_report is not None
-    assert len(teacher.load_report.loaded) == len(encoder.state_dict())
+    assert len(teacher.load_report.loaded) == len(encoder.state_dict()) + len(decoder.state_dict())
     assert not load_teacher(settings, ViT(STUDENT), mean=HALF[0], std=HALF[1]).renormalise
     assert load_teacher(settings, ViT(STUDENT)).decoder is None
 

@@ -254,6 +254,22 @@ def test_decoder_positions_are_resized(tmp_path: Path) -> None:
     assert torch.equal(loaded.pos_embed, resize_positions(decoder.pos_embed, (3, 3), (2, 2), 1))
 
 
+def test_a_decoder_is_loaded_whole(tmp_path: Path) -> None:
+    encoder, file = ViT(SMALL), tmp_path / DECODER_FILE
+    save_ours(tmp_path / ENCODER_FILE, encoder)
+    save_decoder(file, Decoder(24, (2, 2), 1, 192, 12, 2, 2), True)
+    checkpoint = open_checkpoint(tmp_path)
+    report = fill_encoder(encoder, checkpoint)
+    assert set(report.skipped) == set(checkpoint.decoder)
+    load_decoder(checkpoint, encoder, report=report)
+    assert not report.skipped
+    assert set(report.loaded) == set(checkpoint.encoder) | set(checkpoint.decoder)
+    tensors, metadata = read_tensors(file)
+    save_file({name: value for name, value in tensors.items() if "_blocks.1." not in name}, file, metadata)
+    with pytest.raises(WeightsError, match="its decoder has 2 blocks, and 1 of them are there"):
+        load_decoder(open_checkpoint(tmp_path), encoder)
+
+
 @pytest.mark.parametrize(
     "name",
     [

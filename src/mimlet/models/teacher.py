@@ -204,7 +204,7 @@ class Teachers:
                 loaded = load_teacher(settings, student, decoder=decoder, mean=mean, std=std, accelerator=accelerator)
             if teacher is None:
                 teacher = loaded
-            teacher.decoder = loaded.decoder
+            teacher.decoder, teacher.load_report = loaded.decoder, loaded.load_report
         self.known[key] = teacher
         _check_use(teacher, student, decoder, masked)
         return teacher
@@ -248,7 +248,7 @@ def load_teacher(
     report = fill_encoder(encoder, opened)
     teacher = Teacher(
         encoder,
-        load_decoder(opened, encoder) if decoder else None,
+        load_decoder(opened, encoder, report=report) if decoder else None,
         bf16=_in_bf16(settings, accelerator),
         own=(opened.mean, opened.std),
         students=(mean, std),

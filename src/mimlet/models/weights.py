@@ -61,9 +61,9 @@ class Checkpoint:
     """A file's tensors by part, under bare official names.
 
     `encoder`: cls_token, blocks.0...; `decoder`: decoder_embed..., mask_token; `head`: fc_norm, head... `ignored` maps
-    what was left aside to the reason. `heads`, `decoder_heads` and `decoder_pixels` are stated by the file, else 0 or
-    none; `customs` are the head counts that encoders of this width and origin have. `shape` and `info` are what our
-    files store.
+    what was left aside to the reason. `heads`, `decoder_heads`, `decoder_depth` and `decoder_pixels` are stated by the
+    file, else 0 or none; `customs` are the head counts that encoders of this width and origin have. `shape` and `info`
+    are what our files store.
     """
 
     source: str
@@ -74,6 +74,7 @@ class Checkpoint:
     heads: int = 0
     customs: tuple[int, ...] = ()
     decoder_heads: int = 0
+    decoder_depth: int = 0
     decoder_pixels: Literal["normalised", "raw"] | None = None
     shape: ViTShape | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -190,7 +191,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     decoder, metadata = read_tensors(path / DECODER_FILE)
     info = _info(path / DECODER_FILE, metadata)
     return replace(
-        checkpoint, decoder=decoder, decoder_heads=info.get("heads", 0), decoder_pixels=info.get("pixels", None)
+        checkpoint,
+        decoder=decoder,
+        decoder_heads=info.get("heads", 0),
+        decoder_depth=info.get("depth", 0),
+        decoder_pixels=info.get("pixels"),
     )
 
 
@@ -280,8 +285,9 @@ def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None =
 
 
 @torch.no_grad()
-def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0) -> Decoder:
-    """The decoder stored with an encoder, for the grid of `encoder`.
+def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0, report: LoadReport | None = None) -> Decoder:
+    """The decoder stored with an encoder, for the grid of `encoder`. `report`: that of the encoder's loading, where the
+    decoder's tensors then count as loaded.
 
     An error if any of its tensors is missing: a half random decoder trains on without a word.
     """
@@ -298,13 +304,20 @@ def load_decoder(checkpoint: Checkpoint, encoder: ViT, heads: int = 0) -> Decode
     heads = _agreed(source, "decoder heads", checkpoint.decoder_heads, heads) or (customs[0] if customs else 0)
     if not heads:
         raise WeightsError(f"{source}: a decoder of width {dim} does not tell its head count; say decoder heads")
+    if checkpoint.decoder_depth not in (0, depth):
+        raise WeightsError(
+            f"{source}: its decoder has {checkpoint.decoder_depth} blocks, and {depth} of them are there; "
+            "a decoder without its last blocks is never used"
+        )
     decoder = Decoder(encoder.dim, encoder.grid, encoder.prefix, out, dim, depth, heads)
-    report = LoadReport(source)
+    report = report or LoadReport(source)
     for name, parameter in decoder.state_dict().items():
         official = name if name == "mask_token" else f"decoder_{name}"
         if name not in state:
             raise WeightsError(f"{source} lacks {official}; a partly random decoder is never used")
         parameter.copy_(_fitted(checkpoint, official, state[name], parameter, encoder, report))
+        report.loaded.append(official)
+        report.skipped.pop(official, None)
     return decoder
 
 
@@ -392,7 +405,12 @@ def save_decoder(path: Path, decoder: Decoder, normalised: bool) -> None:
     state = decoder.state_dict()
     heads = next((block.attn.heads for block in decoder.blocks if isinstance(block, Block)), 0)
     official = {name if name == "mask_token" else f"decoder_{name}": value for name, value in state.items()}
-    save_weights(path, official, {"kind": "decoder", "heads": heads, "pixels": "normalised" if normalised else "raw"})
+    depth = len(decoder.blocks)
+    save_weights(
+        path,
+        official,
+        {"kind": "decoder", "heads": heads, "depth": depth, "pixels": "normalised" if normalised else "raw"},
+    )
 
 
 def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:
