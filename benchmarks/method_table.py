@@ -36,6 +36,7 @@ RECIPES = {
     "dmae_micro32": "D-MAE",
     "d2mae_micro32": "D²-MAE",
     "dmae_features_micro32": "DMAE (features)",
+    "d2mae_heads_micro32": "D²-MAE with adaptive heads",
     "g2sd_micro32": "G2SD, generic stage",
     "tinymim_micro32": "TinyMIM",
     "mimhd_micro32": "MIM-HD",
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("settings", nargs="*", help="section.key=value for every training")
+    parser.add_argument("--pretrain", nargs="+", default=[], help="the same for the students' pre-training only")
     given = parser.parse_args(arguments)
     if {"teacher", "pretrain", "judge"} & {*given.only} and not (given.train and given.test):
         parser.error("--train and --test are needed to train and to judge")
@@ -145,6 +147,8 @@ def config(given: argparse.Namespace, recipe: str, out: Path, seed: int) -> Conf
     set_length(values, given.epochs, given.steps)
     if recipe != TEACHER:
         merge(values, nest("teacher.path", str(given.teacher or given.out / "teacher")))
+        for text in given.pretrain:
+            merge(values, parse_override(text))
     return completed(given, values, out, seed)
 
 
@@ -231,10 +235,12 @@ def read_facts(out: Path, rows: Sequence[Row]) -> Facts:
     last = common((length(run) for run in after), "lengths of fine-tuning")
     labels = common((run.config.data.subset for run in after), "numbers of labels")
     students = common(map(student, before + after), "students")
-    (number, unit, *_), epochs = schedule.split(), last.split()[0]
+    rate = common((f"{run.config.optim.lr:g}" for run in before), "learning rates of pre-training")
+    (number, unit, *_, batch), epochs = schedule.split(), last.split()[0]
     return Facts(
         [seed for seed, _ in seed_folders(out)],
-        f"--{unit} {number} --labels {labels} --finetune-epochs {epochs}",
+        f"--{unit} {number} --labels {labels} --finetune-epochs {epochs} "
+        f"--pretrain schedule.batch={batch} optim.lr={rate}",
         schedule,
         f"{labels} labels per class, {last}",
         students,
