@@ -306,3 +306,20 @@ def test_header_of_a_recipe(tmp_path: Path) -> None:
 def test_methods_without_labels_are_not_judged_in_training() -> None:
     with pytest.raises(ConfigError, match=r"data\.eval: method 'mae' learns without labels"):
         validate(minimal(data={"path": ["photos"], "eval": ["photos"]}))
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"kind": "dual_vew"}, "method.terms.0.kind: 'dual_vew' (did you mean 'dual_view'?); known: relations, "),
+        ({"weight": 2}, "method.terms.0.kind: missing; known: relations, alignment, dual_view"),
+        ({"kind": "relations", "weigth": 2}, "method.terms.0.weigth: unknown setting"),
+        ({"kind": "relations", "pairs": ["qx"]}, "method.terms.0.pairs.0: Input should be 'qq', "),
+    ],
+)
+def test_a_wrong_term_is_named(term: dict[str, object], message: str) -> None:
+    values = minimal()
+    values["method"] = {"name": "dmae", "terms": [term]}
+    values["teacher"] = {"path": "teacher"}
+    (problem,) = problems(values)
+    assert problem.startswith(message)

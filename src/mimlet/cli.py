@@ -182,8 +182,9 @@ def compare(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE... [[RECIPE:]SECTION.KEY=VALUE...]",
-            help="Two or more recipes, then settings of all of them, or of one: mimhd_tiny:method.relations.weight=2",
+            metavar="RECIPE",
+            help="Two or more recipes; and any SECTION.KEY=VALUE for all of them, or for one: "
+            "mimhd_tiny:method.relations.weight=2",
         ),
     ],
     data: Data = None,

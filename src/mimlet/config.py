@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import (
     METHODS,
+    TERMS,
     ClassifySettings,
     DecoderSettings,
     LinearProbeSettings,
@@ -519,12 +520,18 @@ def _explain(item: Any, method: str) -> str:
     place = [str(part) for part in item["loc"]]
     if len(place) > 1 and place[0] == "method" and place[1] in METHODS:
         del place[1]
+    if len(place) > 3 and place[1] == "terms" and place[3] in TERMS:
+        del place[3]
     key = ".".join(place)
     if item["type"] == "extra_forbidden":
         owners = [name for name in METHODS if key in _known_keys(name)]
         if owners and method not in owners:
             return f"{key}: not a setting of method '{method}', but of {', '.join(owners)}"
         return f"{key}: unknown setting{nearest(key, _known_keys(method))}"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found") and place[-2:-1] == ["terms"]:
+        tag = item.get("ctx", {}).get("tag", "")
+        what = f"{tag!r}{nearest(tag, TERMS)}" if tag else "missing"
+        return f"{key}.kind: {what}; known: {', '.join(TERMS)}"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         name = (item.get("input") or {}).get("name", "") if isinstance(item.get("input"), Mapping) else ""
         what = f"{name!r}{nearest(str(name), METHODS)}" if name else "missing"
