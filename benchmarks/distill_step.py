@@ -17,7 +17,7 @@ from benchmarks.alternate import Job, Measured, measure
 from benchmarks.plain import BASE, LARGE, METHODS, SMALL, TINY, Case
 
 SIZES = {"tiny": TINY, "small": SMALL, "base": BASE, "large": LARGE}
-EXTRA = ("tinymim", "mimhd_relations", "mimhd")
+EXTRA = ("tinymim", "mimhd_relations", "mimhd_one_view", "mimhd")
 
 
 def main() -> None:

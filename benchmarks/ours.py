@@ -45,6 +45,7 @@ def settings(case: Case) -> dict[str, Any]:
         "tinymim": {"name": "tinymim", "relations": relations},
         "mimhd_relations": {"name": "mimhd", "reconstruct": False, "relations": adaptive},
         "mimhd": {"name": "mimhd", "relations": adaptive},
+        "mimhd_one_view": {"name": "mimhd", "relations": adaptive, "dual_view": {"views": 1}},
         "g2sd": {"name": "g2sd", "decoder": asdict(case.student_decoder)},
     }
     return sections[case.method]
@@ -68,7 +69,7 @@ def method(case: Case, bf16_teacher: bool) -> Method:
     deep, pixels = case.decoder, 3 * case.patch**2
     decoder = Decoder(large.dim, encoder.grid, encoder.prefix, pixels, deep.dim, deep.depth, deep.heads)
     entry = METHODS[config.method.name]
-    decodes = case.method in ("mimhd", "g2sd")
+    decodes = case.method in ("mimhd", "mimhd_one_view", "g2sd")
     teacher = Teacher(encoder, decoder if decodes else None, bf16=bf16_teacher)
     teacher.pixels = "normalised"
     built = entry.load().build(config, teachers=Teachers(teacher))
