@@ -189,6 +189,33 @@ def test_queries_keys_values_and_logits_are_those_of_the_models_attention(family
     assert joined.shape == (2, HEADS, prefixes(family)[0] + 16, DIM // HEADS)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_normed_is_what_enters_the_next_blocks_attention(family: str, images: Tensor) -> None:
+    encoder = adapt(family)
+    features = encoder(images, taps=Taps(normed=(0, 1, DEPTH)))
+    for layer in (0, 1):
+        block = encoder._blocks()[layer]
+        names = ("attn", "attention", "self_attn", "attention.attention")
+        attention = next(block.get_submodule(name) for name in names if hasattr(block, name))
+        heard: list[Tensor] = []
+        hook = attention.register_forward_pre_hook(
+            lambda _, args, kwargs, heard=heard: heard.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        encoder.model(images)
+        hook.remove()
+        assert_close(features.normed[layer], trim(heard[0], family))
+    assert_close(features.normed[DEPTH], features.latent)
+
+
+def test_blocks_that_do_not_begin_with_their_norm(images: Tensor) -> None:
+    encoder = ForeignEncoder(timm.create_model("vit_relpos_base_patch16_rpn_224", **SHAPE, fc_norm=False), SIZE, "post")
+    assert encoder(images, taps=Taps(hidden=(1,))).hidden[1].shape[0] == 2
+    with pytest.raises(ConfigError, match=r"post gives no normed: its blocks do not begin with a norm under a known"):
+        encoder(images, taps=Taps(normed=(1,)))
+
+
 @torch.no_grad()
 def test_queries_and_keys_before_the_product(images: Tensor) -> None:
     """Not only their product: from the projections, and after the norms of q and k."""
@@ -448,7 +475,7 @@ def test_models_that_are_not_vit_like(name: str, options: dict[str, Any], size: 
     [
         (Taps(hidden=(4,)), "no hidden of block 4: ViT has blocks 0 to 3"),
         (Taps(qkv=(0,)), "no qkv of block 0: ViT has blocks 1 to 3"),
-        (Taps(normed=(1,)), "ViT gives no normed: inputs of attention"),
+        (Taps(normed=(4,)), "no normed of block 4: ViT has blocks 0 to 3"),
         (Taps(levels=(8,)), "ViT gives no levels: a plain ViT has no pyramid"),
     ],
 )

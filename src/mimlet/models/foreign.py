@@ -44,6 +44,7 @@ from mimlet.models.weights import (
 CLASS_TOKENS = ("cls_token", "class_embedding")
 OTHER_TOKENS = ("dist_token", "distillation_token", "reg_token", "register_tokens")
 FINAL_NORMS = ("norm", "layernorm", "post_layernorm")
+FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1")
 POOLING_PARTS = ("pooler.", "head.")
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models raise on an input that they are not made for."""
@@ -179,6 +180,7 @@ class ForeignEncoder(nn.Module):
         names = (f"{parent.lstrip('.')}{name}" for parent in parents for name in FINAL_NORMS)
         known = {name for name, _ in model.named_modules()}
         self.norm = next((name for name in names if name in known), "")
+        self.first_norm = self._find_first_norm()
 
     @torch.no_grad()
     def resize(self, size: int) -> None:
@@ -207,7 +209,7 @@ class ForeignEncoder(nn.Module):
         self._check(taps)
         grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
         features = Features(self.prefix_of_model, grid)
-        hidden = {*taps.hidden, *([self.depth] if taps.tokens else [])}
+        hidden = {*taps.hidden, *taps.normed, *([self.depth] if taps.tokens else [])}
         attended = {*taps.attention, *taps.qkv}
         if not hidden and not attended:
             return features
@@ -218,9 +220,16 @@ class ForeignEncoder(nn.Module):
                 features.qkv[i] = (seen.q, seen.k, seen.v)
             if i in taps.attention:
                 features.attention[i] = attention_logits(seen.q, seen.k, seen.bias)
+        features.normed = {i: self._norm(i)(watch.hidden[i]) for i in taps.normed}
         if taps.tokens:
-            features.tokens = self.model.get_submodule(self.norm)(watch.hidden[self.depth])
+            features.tokens = self._norm(self.depth)(watch.hidden[self.depth])
         return features.trimmed(self.prefix)
+
+    def _norm(self, layer: int) -> nn.Module:
+        """What the output of a block passes first: the next block's first norm, or the final one."""
+        if layer == self.depth:
+            return self.model.get_submodule(self.norm)
+        return self._blocks()[layer].get_submodule(self.first_norm)
 
     def _blocks(self) -> list[nn.Module]:
         return list(self.model.get_submodule(self.place).children())
@@ -289,8 +298,22 @@ class ForeignEncoder(nn.Module):
         )
         return (seen[0].q.shape[1], True) if readable else (1, False)
 
+    @torch.no_grad()
+    def _find_first_norm(self) -> str:
+        """The name, in a block, of the norm that takes the block's input as it comes; none where blocks are made
+        otherwise.
+        """
+        first, entered = self._blocks()[0], []
+        name = next((name for name in FIRST_NORMS if hasattr(first, name)), "")
+        if not name:
+            return ""
+        hook = first.get_submodule(name).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        watch = self._watch(self._blank(), {0, 1}, ())
+        hook.remove()
+        return name if len(entered) == 1 and torch.equal(entered[0], watch.hidden[0]) else ""
+
     def _check(self, taps: Taps) -> None:
-        for kind, first in (("hidden", 0), ("attention", 1), ("qkv", 1)):
+        for kind, first in (("hidden", 0), ("normed", 0), ("attention", 1), ("qkv", 1)):
             wrong = [i for i in getattr(taps, kind) if not first <= i <= self.depth]
             if wrong:
                 raise ConfigError(f"no {kind} of block {wrong[0]}: {self.source} has blocks {first} to {self.depth}")
@@ -299,16 +322,17 @@ class ForeignEncoder(nn.Module):
                 f"{self.source} shows no queries, keys and values: its blocks do not call torch's "
                 "scaled_dot_product_attention once on all tokens; take another teacher, or compare block outputs only"
             )
-        if taps.tokens and not self.norm:
+        if (taps.tokens or self.depth in taps.normed) and not self.norm:
             raise ConfigError(
                 f"{self.source} has no final norm under a known name ({', '.join(FINAL_NORMS)}); ask for block outputs"
             )
-        for kind, reason in (
-            ("normed", "inputs of attention are read from plain ViTs only; ask for block outputs"),
-            ("levels", "a plain ViT has no pyramid levels"),
-        ):
-            if getattr(taps, kind):
-                raise ConfigError(f"{self.source} gives no {kind}: {reason}")
+        if not self.first_norm and any(i < self.depth for i in taps.normed):
+            raise ConfigError(
+                f"{self.source} gives no normed: its blocks do not begin with a norm under a known name "
+                f"({', '.join(FIRST_NORMS)}); ask for block outputs"
+            )
+        if taps.levels:
+            raise ConfigError(f"{self.source} gives no levels: a plain ViT has no pyramid levels")
 
 
 @dataclass(frozen=True)
