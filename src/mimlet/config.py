@@ -11,6 +11,7 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,7 @@ PYTHON = "python:"
 OPTIONS = {
     "data": "data.path",
     "eval": "data.eval",
+    "labelled": "data.labelled",
     "subset": "data.subset",
     "teacher": "teacher.path",
     "teacher_heads": "teacher.heads",
@@ -67,10 +69,13 @@ class EncoderSettings(Section):
     heads: int = Field(0, ge=0)
     mlp_ratio: float = Field(4.0, gt=0)
     class_token: bool = True
-    position: Literal["sincos", "learned"] = "sincos"
-    relative: Literal["none", "full", "qv"] = Field(
-        "none", description="relative position bias; full: qkv bias kept, qv: the 2023 form"
+    position: Literal["sincos", "learned", "none"] = "sincos"
+    relative: Literal["none", "full", "qv", "shared"] = Field(
+        "none",
+        description="relative position bias; full: per block, qkv bias kept; qv: per block, the 2023 form; shared: one "
+        "for all blocks",
     )
+    qv_bias: bool = Field(False, description="biases of queries and values only (SimMIM, BEiT, BootMAE)")
     layer_scale: float | None = None
     drop_path: float = Field(0.0, ge=0, lt=1)
     drop_path_rule: Literal["linear", "constant"] = Field(
@@ -151,6 +156,14 @@ class DataSettings(Section):
 
     path: list[str] = []
     eval: list[str] = Field([], description="labelled images for evaluation; empty: no evaluation")
+    labelled: list[str] = Field(
+        [],
+        description="labelled images by which an encoder is judged while it is pre-trained: on `eval`, or without it "
+        "on a fifth of them",
+    )
+    judge: Literal["knn", "probe"] = Field(
+        "knn", description="what is read from its features: nearest neighbours, or logistic regression"
+    )
     subset: str = Field(
         "", description="'1%', '10%', '25' (images per class), 'lt' (long-tailed), or a list file; empty: all"
     )
@@ -230,7 +243,12 @@ class RunSettings(Section):
     checkpoint_minutes: float = Field(10, gt=0)
     checkpoint_steps: int = Field(0, ge=0, description="additionally every so many steps")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    pictures: int = Field(
+        8, ge=0, description="so many times, from before the first step to the end, reconstructions are kept; 0: never"
+    )
     tensorboard: bool = True
+    wandb: str = Field("", description="project of Weights & Biases that gets numbers and pictures too; empty: off")
+    mlflow: str = Field("", description="experiment of MLflow that gets numbers and pictures too; empty: off")
     report: bool = True
 
 
@@ -260,11 +278,19 @@ class Config(Section):
                 f"teacher.path: method '{method.name}' needs a teacher{' for method.distill' if distils else ''}; "
                 "give --teacher (a run folder, a checkpoint file, a model's folder, timm:NAME or transformers:NAME)"
             )
-        if self.data.eval and not METHODS[method.name].labels:
+        labels = METHODS[method.name].labels
+        if self.data.labelled and labels:
             problems.append(
-                f"data.eval: method '{method.name}' learns without labels and is not judged in training; "
-                "use `mimlet probe` afterwards"
+                f"data.labelled: method '{method.name}' learns from the labels of data.path and is judged on data.eval "
+                "(--eval); data.labelled is for pre-training"
             )
+        if self.data.eval and not self.data.labelled and not labels:
+            problems.append(
+                f"data.eval: method '{method.name}' learns without labels; to judge its encoder in training give "
+                "labelled images to compare with, data.labelled (--labelled), or use `mimlet probe` afterwards"
+            )
+        if self.data.judge != "knn" and not self.data.labelled:
+            problems.append(f"data.judge: {self.data.judge} judges an encoder by data.labelled (--labelled); give both")
         if isinstance(method, LinearProbeSettings) and not self.encoder.weights:
             problems.append(
                 "encoder.weights: a linear probe needs a trained encoder; give --encoder (a run folder or a file)"
@@ -480,12 +506,16 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_inputs(config: Config) -> None:
-    """Is everything there that the settings name? Raises `DataError` with all that is missing; opens no file."""
+    """Is everything there that the settings name? Opens no file.
+
+    Raises `DataError` with all files that are missing, `ConfigError` for a package.
+    """
+    check_packages(config)
     if not config.data.path:
         raise DataError(
             "no images: give --data (a folder, an archive, a .parquet or list file, or torchvision:NAME:ROOT)"
         )
-    named = [("data.path", path) for path in config.data.path] + [("data.eval", path) for path in config.data.eval]
+    named = [(f"data.{key}", path) for key in ("path", "eval", "labelled") for path in getattr(config.data, key)]
     named += [("encoder.weights", config.encoder.weights or ""), ("teacher.path", config.teacher.path or "")]
     subset = config.data.subset
     if not (subset.removesuffix("%").replace(".", "", 1).isdigit() or subset == "lt"):
@@ -497,6 +527,17 @@ def check_inputs(config: Config) -> None:
     ]
     if missing:
         raise DataError("\n".join(missing))
+
+
+def check_packages(config: Config) -> None:
+    """`ConfigError` where the packages of an optional logger are not installed. Imports none of them."""
+    for logger in ("wandb", "mlflow"):
+        # a mere folder of that name, such as wandb leaves, is found without an origin
+        found = {name: find_spec(name) for name in (logger, "lightning")} if getattr(config.run, logger) else {}
+        missing = [name for name, spec in found.items() if spec is None or spec.origin is None]
+        if missing:
+            packages = f"package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
+            raise ConfigError(f"run.{logger} needs the {packages}: pip install 'mimlet[{logger}]'")
 
 
 def missing_path(path: str | Path) -> str:

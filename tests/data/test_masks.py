@@ -1,12 +1,15 @@
 import pickle
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mimlet.data.masks import Mask, RandomMasking, visible_units
+from mimlet.data.masks import BlockMasking, Mask, RandomMasking, UnitMasking, visible_units
 from mimlet.errors import ConfigError
+from tests.shared import golden
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -124,3 +127,62 @@ def test_order_needs_equal_counts() -> None:
         _ = mask.order
     with pytest.raises(AssertionError, match="different numbers of units"):
         _ = mask.ids_hidden
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_blocks_equal_the_official_code(number: int) -> None:
+    oracle = golden("beit_block_mask")
+    setting = oracle.meta["config"]["configs"][number]
+    sampler = BlockMasking(
+        (14, 14), setting["num_masking_patches"], setting["min_num_patches"], setting["max_num_patches"] or 0
+    )
+    for seed, expected in zip(oracle.io["seeds"].tolist(), oracle.io[f"mask_cfg{number}"], strict=True):
+        assert torch.equal(sampler.blocks(random.Random(seed)), expected.flatten().bool())
+
+
+def test_blocks_are_ragged_as_in_the_official_statistics() -> None:
+    sampler = BlockMasking((14, 14), 75)
+    counts = torch.tensor([int(sampler.draw(torch.Generator().manual_seed(i)).sum()) for i in range(600)]).double()
+    assert counts.max() == 75
+    assert counts.mean().item() == pytest.approx(74.47, abs=0.15)
+    assert (counts == 75).double().mean().item() == pytest.approx(0.665, abs=0.06)
+    mask = sampler.collate(torch.stack([sampler.draw(torch.Generator().manual_seed(i)) for i in range(40)]))
+    assert mask.ids_keep is None
+
+
+def test_blocks_with_an_exact_count_can_drop() -> None:
+    sampler = BlockMasking((14, 14), 120, 16, 60, tries=0, exact=147)
+    draws = torch.stack([sampler.draw(torch.Generator().manual_seed(i)) for i in range(8)])
+    mask = sampler.collate(draws)
+    assert mask.ids_keep is not None
+    assert mask.ids_keep.shape == (8, 49)
+    assert mask.hidden.sum(1).tolist() == [147] * 8
+    blocks = draws >= 1
+    assert blocks.sum(1).tolist() == [120] * 8
+    assert not (blocks & ~mask.hidden).any(), "all of the blocks are hidden"
+
+
+def test_units_are_hidden_whole_and_counted_up() -> None:
+    sampler = UnitMasking((14, 14), 2, 0.6)
+    drawn = sampler.draw(torch.Generator().manual_seed(0))
+    assert int(drawn.sum()) == 120  # 30 of 49 squares
+    squares = drawn.view(7, 2, 7, 2).permute(0, 2, 1, 3).flatten(2)
+    assert torch.equal(squares.all(-1), squares.any(-1))
+    mask = sampler.collate(torch.stack([drawn, sampler.draw(torch.Generator().manual_seed(1))]))
+    assert mask.ids_keep is not None
+    assert not torch.equal(mask.hidden[0], mask.hidden[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UnitMasking((7, 7), 2, 0.6), "7 x 7 patches cannot be masked in squares of 2 x 2 patches"),
+        (lambda: UnitMasking((4, 4), 2, 0.99), "hides 4 of 4 squares of 2 x 2 patches; expected at least one hidden"),
+        (lambda: BlockMasking((4, 4), 16), r"is to hide 16 \(total\) of 16 patches; expected 1 to 15"),
+        (lambda: BlockMasking((4, 4), 4), "the smallest block has 16 patches and 4 are hidden in all; expected 1 to 4"),
+        (lambda: BlockMasking((4, 4), 4, 2, exact=20), r"is to hide 20 \(exact\) of 16 patches"),
+    ],
+)
+def test_masks_that_cannot_be(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from mimlet.data.masks import Mask
 from mimlet.errors import WeightsError
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
@@ -292,7 +293,6 @@ def test_other_architectures_are_not_taken_for_a_plain_vit(name: str, tmp_path: 
     [
         ("register_tokens", (1, 4, 24), "its register_tokens has no place"),
         ("norm_pre.weight", (24,), "its norm_pre.weight has no place"),
-        ("rel_pos_bias.relative_position_bias_table", (12, 3), "its rel_pos_bias"),
         ("blocks.1.attn.q_norm.weight", (8,), r"its blocks\.1\.attn\.q_norm\.weight"),
         ("patch_embed.norm.weight", (24,), r"its patch_embed\.norm\.weight"),
         ("pos_embed", (1, 6, 24), r"pos_embed has 6 rows, expected 1 \+ a square number"),
@@ -698,3 +698,26 @@ def test_timm_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"could not be fetched: An error .* on the Hub\. Without a network, .*give its path instead"
     with pytest.raises(WeightsError, match=message):
         open_checkpoint("timm:vit_tiny_patch16_224")
+
+
+def test_encoders_of_the_beit_family_are_read_from_their_tensors_and_from_ours(tmp_path: Path) -> None:
+    """No absolute positions, one table for all blocks, biases of queries and values only."""
+    oracle = golden("simmim")
+    state = {n.removeprefix("encoder."): t for n, t in oracle.weights.items() if n.startswith("encoder.")}
+    torch.save({"model": state}, tmp_path / "simmim.pth")
+    encoder, report = load_encoder(tmp_path / "simmim.pth", heads=4)
+    shape = encoder.shape
+    assert (shape.position, shape.relative, shape.qv_bias, shape.image_size) == ("none", "shared", True, 64)
+    assert report.fresh == {}
+    mask = Mask.from_hidden(oracle.io["mask"].flatten(1).bool())
+    with torch.no_grad():
+        found = encoder(oracle.io["images"], mask, fill=state["mask_token"]).patches
+    expected = oracle.io["encoder_out"].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, expected, **oracle.tolerance)
+
+    tuned = ViT(replace(shape, relative="full"))
+    report = load_encoder_weights(tuned, tmp_path / "simmim.pth")
+    assert any("starts the table of each block" in note for note in report.notes)
+    with torch.no_grad():
+        same = tuned(oracle.io["images"]).latent
+        torch.testing.assert_close(same, encoder(oracle.io["images"]).latent)

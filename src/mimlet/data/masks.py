@@ -8,6 +8,9 @@ Letters: B images, U mask units, V visible units.
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,9 +37,11 @@ class Mask:
     @staticmethod
     def from_noise(noise: Tensor, ratio: float) -> Mask:
         """MAE's rule: keep the int(U * (1 - ratio)) units with the smallest noise [B,U], in the order of that noise."""
-        units = noise.shape[1]
-        keep = visible_units(units, ratio)
-        ids_shuffle = noise.argsort(dim=1)
+        return Mask.from_order(noise.argsort(dim=1), visible_units(noise.shape[1], ratio))
+
+    @staticmethod
+    def from_order(ids_shuffle: Tensor, keep: int) -> Mask:
+        """From permutations [B,U]: the first `keep` units stay visible, in that order."""
         ids_restore = ids_shuffle.argsort(dim=1)
         return Mask(ids_restore >= keep, ids_shuffle[:, :keep], ids_restore)
 
@@ -124,3 +129,122 @@ class RandomMasking:
     def collate(self, draws: Tensor) -> Mask:
         """Noise [B,U] -> mask."""
         return Mask.from_noise(draws, self.ratio)
+
+
+@dataclass(frozen=True)
+class UnitMasking:
+    """SimMIM's masking (Xie et al. 2022, section 3.2): squares of `unit` x `unit` patches of a grid are hidden whole,
+    ceil(`ratio` of them) per image, drawn uniformly.
+    """
+
+    grid: tuple[int, int]
+    unit: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        if rows % self.unit or columns % self.unit:
+            raise ConfigError(
+                f"{rows} x {columns} patches cannot be masked in squares of {self.unit} x {self.unit} patches; "
+                "choose a unit that divides the grid"
+            )
+        squares = self._squares()
+        if not 0 < self._hidden() < squares:
+            raise ConfigError(
+                f"mask ratio {self.ratio} hides {self._hidden()} of {squares} squares of {self.unit} x {self.unit} "
+                "patches; expected at least one hidden and one visible square"
+            )
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """[U] bool, True = hidden."""
+        rows, columns = (side // self.unit for side in self.grid)
+        hidden = torch.zeros(rows * columns, dtype=torch.bool)
+        hidden[torch.randperm(len(hidden), generator=generator)[: self._hidden()]] = True
+        squares = hidden.view(rows, columns)
+        return squares.repeat_interleave(self.unit, 0).repeat_interleave(self.unit, 1).flatten()
+
+    def collate(self, draws: Tensor) -> Mask:
+        """Maps [B,U] -> mask."""
+        return Mask.from_hidden(draws)
+
+    def _squares(self) -> int:
+        return self.grid[0] * self.grid[1] // self.unit**2
+
+    def _hidden(self) -> int:
+        return math.ceil(self._squares() * self.ratio)
+
+
+@dataclass(frozen=True)
+class BlockMasking:
+    """BEiT's block-wise masking (Bao et al. 2022, algorithm 1): rectangles of random size and shape hide up to `total`
+    patches of a grid.
+
+    A rectangle covers between `smallest` and `largest` patches (0: all that are still wanted), its aspect ratio is
+    between 0.3 and 1 / 0.3. One that does not fit is drawn again, up to `tries` times; then the mask is finished, with
+    fewer patches than wanted (0 tries: never, so that it always hides `total`). So images hide different numbers.
+
+    `exact` above 0 hides exactly so many patches (BootMAE): the blocks first, then others at random.
+    """
+
+    grid: tuple[int, int]
+    total: int
+    smallest: int = 16
+    largest: int = 0
+    tries: int = 10
+    exact: int = 0
+
+    def __post_init__(self) -> None:
+        patches = self.grid[0] * self.grid[1]
+        for name, value in (("total", self.total), ("exact", self.exact or self.total)):
+            if not 0 < value < patches:
+                raise ConfigError(
+                    f"block-wise masking is to hide {value} ({name}) of {patches} patches; expected 1 to {patches - 1}"
+                )
+        if not 0 < self.smallest <= self.total:
+            raise ConfigError(
+                f"the smallest block has {self.smallest} patches and {self.total} are hidden in all; "
+                f"expected 1 to {self.total}"
+            )
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """[U] bool, True = hidden; with `exact`, [U] keys by which visible patches come first."""
+        hidden = self.blocks(random.Random(int(torch.randint(2**62, (), generator=generator))))
+        if not self.exact:
+            return hidden
+        return hidden + torch.rand(len(hidden), generator=generator)
+
+    def collate(self, draws: Tensor) -> Mask:
+        """Maps or keys [B,U] -> mask."""
+        if not self.exact:
+            return Mask.from_hidden(draws)
+        return Mask.from_order(draws.argsort(dim=1), draws.shape[1] - self.exact)
+
+    def blocks(self, rng: random.Random) -> Tensor:
+        """The blocks of one mask, [U] bool. Draws in the order of BEiT's code, so that its seeds give its masks."""
+        rows, columns = self.grid
+        hidden = torch.zeros(rows, columns, dtype=torch.bool)
+        count = 0
+        while count < self.total:
+            cap = min(self.total - count, self.largest or self.total)
+            added = self._add(hidden, cap, rng)
+            if not added:
+                break
+            count += added
+        return hidden.flatten()
+
+    def _add(self, hidden: Tensor, cap: int, rng: random.Random) -> int:
+        """Hides one more block of at most `cap` new patches and returns how many; 0 if none was found."""
+        rows, columns = self.grid
+        for _ in range(self.tries) if self.tries else itertools.count():
+            area = rng.uniform(self.smallest, cap)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if width >= columns or height >= rows:
+                continue
+            top, left = rng.randint(0, rows - height), rng.randint(0, columns - width)
+            block = hidden[top : top + height, left : left + width]
+            new = height * width - int(block.sum())
+            if 0 < new <= cap:
+                block[:] = True
+                return new
+        return 0

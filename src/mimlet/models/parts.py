@@ -79,6 +79,25 @@ def relative_index(rows: int, columns: int, prefix: int) -> Tensor:
     return index
 
 
+def relative_bias(table: Tensor, index: Tensor) -> Tensor:
+    """The bias [1,H,T,T] of a table [entries,H] at an index [T,T]; [B,H,T,T] for an index per image [B,T,T]."""
+    bias = table[index].movedim(-1, -3)
+    return bias if bias.dim() == 4 else bias.unsqueeze(0)
+
+
+class RelativeBias(nn.Module):
+    """One table of relative positions for all blocks, zero at start (the BEiT family in pre-training)."""
+
+    def __init__(self, rows: int, columns: int, heads: int) -> None:
+        super().__init__()
+        entries = (2 * rows - 1) * (2 * columns - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """See `relative_bias`."""
+        return relative_bias(self.relative_position_bias_table, index)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention.
 
@@ -114,21 +133,19 @@ class Attention(nn.Module):
         return out.permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self, index: Tensor | None) -> Tensor | None:
-        """The relative bias [1,H,T,T], or [B,H,T,T] for an index per image [B,T,T]; None without a table."""
-        if self.relative_position_bias_table is None or index is None:
-            return None
-        bias = self.relative_position_bias_table[index]
-        return bias.movedim(-1, -3) if bias.dim() == 4 else bias.movedim(-1, -3).unsqueeze(0)
+        """The block's own relative bias, see `relative_bias`; None without a table."""
+        table = self.relative_position_bias_table
+        return None if table is None or index is None else relative_bias(table, index)
 
     def output(self, heads: Tensor) -> Tensor:
         """Joins heads [B,H,T,d] and projects: [B,T,D]."""
         joined: Tensor = self.proj(heads.transpose(1, 2).flatten(2))
         return joined
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """Normed tokens [B,T,D] -> [B,T,D], nothing tapped."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Normed tokens [B,T,D] -> [B,T,D], nothing tapped. `bias` [1 or B,H,T,T] is added to the logits."""
         q, k, v = self.project(x)
-        return self.output(attend(q, k, v, self.bias(index)))
+        return self.output(attend(q, k, v, bias))
 
 
 class Mlp(nn.Module):
@@ -207,9 +224,9 @@ class Block(nn.Module):
         heads = attend(q.view(*q.shape[:2], attn.heads, -1).transpose(1, 2), *kv.unbind(0))
         return self.add_mlp(self.add_attention(x[:, start:], attn.output(heads)))
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """[B,T,D] -> [B,T,D], nothing tapped."""
-        return self.add_mlp(self.add_attention(x, self.attn(self.norm1(x), index)))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B,T,D] -> [B,T,D], nothing tapped. `bias`: see `Attention.forward`."""
+        return self.add_mlp(self.add_attention(x, self.attn(self.norm1(x), bias)))
 
 
 def init_mae(module: nn.Module) -> None:

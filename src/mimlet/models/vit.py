@@ -1,7 +1,7 @@
 """The plain vision transformer, with taps.
 
 Parameter names follow timm's ViT, so that weights travel: `cls_token`, `dist_token`, `pos_embed`, `patch_embed.proj`,
-`blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}`, `norm`.
+`rel_pos_bias`, `blocks.i.{norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2}`, `norm`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mimlet.models.linear import linear
 from mimlet.models.parts import (
     NORM_EPS,
     Block,
+    RelativeBias,
     attend,
     attention_logits,
     init_mae,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 class ViTShape:
     """Everything that fixes a plain ViT's architecture. Stored with exported weights.
 
-    `distillation_token`: one more token after the class token, which answers to a teacher (DeiT, G2SD).
+    `relative`: a bias of relative positions: "full" per block, "shared" by all blocks, "qv" per block together with
+    `qv_bias`. `qv_bias`: biases of queries and values only (the BEiT family). `distillation_token`: one more token
+    after the class token, which answers to a teacher (DeiT, G2SD).
     """
 
     image_size: int = 224
@@ -46,10 +49,11 @@ class ViTShape:
     heads: int = 12
     mlp_ratio: float = 4.0
     class_token: bool = True
-    position: Literal["sincos", "learned"] = "sincos"
-    relative: Literal["none", "full", "qv"] = "none"
+    position: Literal["sincos", "learned", "none"] = "sincos"
+    relative: Literal["none", "full", "qv", "shared"] = "none"
     layer_scale: float | None = None
     distillation_token: bool = False
+    qv_bias: bool = False
 
 
 class PatchEmbed(nn.Module):
@@ -97,15 +101,17 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(shape.patch, shape.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.distillation_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.placed + self.units, shape.dim))
-        relative = self.grid if shape.relative != "none" else None
+        table = torch.zeros(1, self.placed + self.units, shape.dim)
+        self.pos_embed = nn.Parameter(table) if shape.position != "none" else None
+        self.rel_pos_bias = RelativeBias(*self.grid, shape.heads) if shape.relative == "shared" else None
+        relative = self.grid if shape.relative in ("full", "qv") else None
         rates = torch.linspace(drop_path if constant_drop_path else 0, drop_path, shape.depth).tolist()
         self.blocks = nn.ModuleList(
             Block(
                 shape.dim,
                 shape.heads,
                 shape.mlp_ratio,
-                "qv" if shape.relative == "qv" else "qkv",
+                "qv" if shape.qv_bias or shape.relative == "qv" else "qkv",
                 relative,
                 shape.layer_scale,
                 rate,
@@ -114,7 +120,7 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.relative_position_index: Tensor | None
-        index = relative_index(*self.grid, self.prefix) if relative else None
+        index = relative_index(*self.grid, self.prefix) if shape.relative != "none" else None
         self.register_buffer("relative_position_index", index, persistent=False)
         self.init_mae_()
 
@@ -128,9 +134,10 @@ class ViT(nn.Module):
         if self.dist_token is not None:
             nn.init.normal_(self.dist_token, std=0.02)
         if self.shape.position == "sincos":
+            assert self.pos_embed is not None
             self.pos_embed.copy_(F.pad(sincos_positions(self.dim, *self.grid), (0, 0, self.placed, 0))[None])
             self.pos_embed.requires_grad_(False)
-        else:
+        elif self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     @torch.no_grad()
@@ -152,22 +159,25 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         if self.dist_token is not None:
             nn.init.trunc_normal_(self.dist_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.pos_embed.requires_grad_(True)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            self.pos_embed.requires_grad_(True)
         if self.shape.relative != "none":
             for i, block in enumerate(self.blocks, 1):
                 assert isinstance(block, Block)
                 block.attn.proj.weight.div_((2 * i) ** 0.5)
                 block.mlp.fc2.weight.div_((2 * i) ** 0.5)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The table for a grid of patches: [1, 1 + N, D], the class token first, or [1, N, D] without one."""
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """The table for a grid of patches: [1, 1 + N, D], the class token first, or [1, N, D] without one; None
+        without absolute positions.
+        """
         if grid != self.grid and self.relative_position_index is not None:
             raise ConfigError(
                 f"an encoder with relative positions is fixed to its grid of {self.grid[0]} x {self.grid[1]} patches "
                 f"({self.shape.image_size} px); got {grid[0]} x {grid[1]}. Load it at that image_size instead"
             )
-        return resize_positions(self.pos_embed, self.grid, grid, self.placed)
+        return None if self.pos_embed is None else resize_positions(self.pos_embed, self.grid, grid, self.placed)
 
     def embed(
         self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None
@@ -184,17 +194,19 @@ class ViT(nn.Module):
                 f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree"
             )
         table = self.positions(grid)
-        patch_table = table[:, self.placed :]
         if mask is not None and fill is None:
             assert mask.ids_keep is not None, "dropping needs equally many visible units per image"
-            x = self.patch_embed(images, mask.ids_keep) + patch_table[0][mask.ids_keep]
+            x = self.patch_embed(images, mask.ids_keep)
+            if table is not None:
+                x = x + table[0, self.placed :][mask.ids_keep]
         else:
             x = self.patch_embed(images)
             if mask is not None and fill is not None:
                 x = torch.where(mask.hidden[..., None], fill.to(x.dtype), x)
-            x = x + patch_table
+            if table is not None:
+                x = x + table[:, self.placed :]
         if self.cls_token is not None:
-            first = self.cls_token + table[:, :1]
+            first = self.cls_token if table is None else self.cls_token + table[:, :1]
             if self.dist_token is not None:
                 first = torch.cat([first, self.dist_token], dim=1)
             x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
@@ -218,6 +230,7 @@ class ViT(nn.Module):
         self._check(taps)
         x, grid = self.embed(images, mask, fill)
         index = self._bias_index(mask, fill)
+        shared = None if self.rel_pos_bias is None or index is None else self.rel_pos_bias(index)
         out = Features(self.prefix, grid)
         whole = (
             self.depth
@@ -231,8 +244,9 @@ class ViT(nn.Module):
             attention, qkv, normed = number in taps.attention, number in taps.qkv, number - 1 in taps.normed
             if number > whole and not (attention or qkv or normed):
                 break
+            bias = block.attn.bias(index) if shared is None else shared
             if not (attention or qkv or normed):
-                x = block(x, index)
+                x = block(x, bias)
             else:
                 y = block.norm1(x)
                 if normed:
@@ -242,7 +256,6 @@ class ViT(nn.Module):
                 q, k, *v = block.attn.project(y, 3 if number <= whole or qkv else 2)
                 if qkv:
                     out.qkv[number] = (q, k, v[0])
-                bias = block.attn.bias(index)
                 if attention:
                     out.attention[number] = attention_logits(q, k, bias)
                 if number > whole:
@@ -279,6 +292,7 @@ def shape_of(settings: EncoderSettings, distillation_token: bool = False) -> ViT
         class_token=settings.class_token,
         position=settings.position,
         relative=settings.relative,
+        qv_bias=settings.qv_bias,
         layer_scale=settings.layer_scale,
         distillation_token=distillation_token,
         **settings.resolved(),

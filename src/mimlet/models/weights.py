@@ -48,10 +48,12 @@ HEADS_BY_WIDTH = {192: (3, 12), 384: (6, 12), 768: (12,), 1024: (16,), 1280: (16
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
 HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.", "pre_logits.", "attn_pool.")
 OF_DECODER, OF_HEAD = "of the decoder", "of the head"
-FOREIGN_PARTS = ("reg_token", "register_tokens", "norm_pre.", "rel_pos_bias.")
+FOREIGN_PARTS = ("reg_token", "register_tokens", "norm_pre.")
 FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias", "dist_token")
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 PLAIN_NAME = re.compile(
-    r"(cls|dist)_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|blocks\.\d+\.("
+    r"(cls|dist)_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|rel_pos_bias\.relative_position_bias_table|"
+    r"blocks\.\d+\.("
     r"(norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|gamma_[12]|attn\.([qv]_bias|relative_position_bias_table))"
 )
 
@@ -210,18 +212,20 @@ def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int 
     if shape is None:
         state = checkpoint.encoder
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        table = any(name.endswith("relative_position_bias_table") for name in state)
+        own = "blocks.0.attn.relative_position_bias_table" in state
+        qv = "blocks.0.attn.q_bias" in state
         scale = state.get("blocks.0.gamma_1")
         shape = ViTShape(
-            image_size=_side(checkpoint, "pos_embed", state["pos_embed"], int("cls_token" in state)) * patch,
+            image_size=_image_side(checkpoint) * patch,
             patch=patch,
             dim=dim,
             depth=checkpoint.depth,
             heads=heads,
             mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
             class_token="cls_token" in state,
-            position="learned",
-            relative=("qv" if "blocks.0.attn.q_bias" in state else "full") if table else "none",
+            position="learned" if "pos_embed" in state else "none",
+            relative=("qv" if qv else "full") if own else "shared" if SHARED_TABLE in state else "none",
+            qv_bias=qv and not own,
             layer_scale=None if scale is None else float(scale.float().mean()),
             distillation_token="dist_token" in state,
         )
@@ -257,7 +261,11 @@ def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None =
     _check_fit(encoder, checkpoint, keep_blocks, report)
     only = f"only the first {kept} blocks are used"
     state = dict(checkpoint.encoder)
-    for name in checkpoint.encoder:
+    if SHARED_TABLE in state and encoder.shape.relative in ("full", "qv"):
+        shared = state.pop(SHARED_TABLE)
+        state |= {f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(encoder.depth)}
+        report.notes.append("the table of relative positions that all blocks shared starts the table of each block")
+    for name in list(state):
         if _block(name) >= kept or (name.startswith("norm.") and kept < encoder.depth):
             report.skipped[name] = only
             del state[name]
@@ -529,7 +537,8 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
             raise WeightsError(f"{source} is not a plain ViT: its {wrapper}{name} has no place in one")
         else:
             ignored[name] = "not known"
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    positions = SHARED_TABLE if SHARED_TABLE in encoder else "pos_embed"
+    needed = ("patch_embed.proj.weight", positions, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     for name in needed:
         if name not in encoder:
             first = next(iter(tensors))
@@ -645,6 +654,14 @@ def _side(checkpoint: Checkpoint, name: str, table: Tensor, prefix: int) -> int:
             f"expected {f'{prefix} + ' if prefix else ''}a square number"
         )
     return side
+
+
+def _image_side(checkpoint: Checkpoint) -> int:
+    """Patches along a side of the images that an encoder was made for, from its table of positions."""
+    state = checkpoint.encoder
+    if "pos_embed" in state:
+        return _side(checkpoint, "pos_embed", state["pos_embed"], int("cls_token" in state))
+    return (math.isqrt(len(state[SHARED_TABLE]) - 3) + 1) // 2
 
 
 def _block(name: str) -> int:
