@@ -3,10 +3,7 @@
 import base64
 import hashlib
 import json
-import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,47 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mimlet.config import load_config
 from mimlet.errors import RunError
 from mimlet.report import Picture, reconstruction_grid, write_report
 from mimlet.report.collect import duration
+from tests.report.made import make_run, match_heads
 
 VOID = {"meta", "link", "img", "path", "rect", "circle", "polyline", "br"}
-
-
-def make_run(
-    folder: Path, method: str = "mae", lines: int = 30, evals: int = 0, spoil: int = 0, command: bool = True
-) -> Path:
-    """A run folder with losses that fall as e^-t."""
-    folder.mkdir(parents=True)
-    settings = {
-        "title": f"Recipe of {folder.name}",
-        "method": {"name": method},
-        "encoder": {"name": "vit_micro", "image_size": 32},
-        "teacher": {"path": "teacher"} if method == "dmae" else {},
-        "schedule": {"batch": 64, "steps": max(1, lines * 10)},
-    }
-    config = load_config(settings).model_dump(mode="json")
-    (folder / "config.json").write_text(json.dumps(config))
-    environment = {
-        "command": ["mimlet", "pretrain", "--data", "my photos"],
-        "packages": {"torch": "2.11.0"},
-        "cuda": None,
-    }
-    (folder / "environment.json").write_text(json.dumps(environment if command else {}))
-    found = []
-    for index in range(1, lines + 1):
-        common = {"step": 10 * index, "epoch": index / 10, "time": index * 1.5}
-        loss = math.nan if index <= spoil else 0.5 + 0.4321 * math.exp(-index / 10)
-        losses = {"reconstruction": loss, "total": loss}
-        if method == "dmae":
-            losses |= {"attention": 9 * math.exp(-index / 5), "total": loss + 9 * math.exp(-index / 5)}
-        speed = {"lr": 1e-3 / index, "images_per_second": 1234.0, "data_wait": 0.125, "memory_mb": 345.0}
-        found.append({**common, "kind": "train", **losses, **speed})
-        if evals and index % (lines // evals) == 0:
-            found.append({**common, "kind": "eval", "top1": 60 + index / 10, "top5": 90.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    return folder
 
 
 def report(runs: list[Path]) -> Path:
@@ -255,18 +217,6 @@ def test_notes_of_the_training_are_repeated(tmp_path: Path) -> None:
     assert "noted, step 300: slow disk" in Page(report([run]).read_text()).text
 
 
-def match_heads(run: Path, label: str = "", heads: int = 4) -> Path:
-    """Adds what head matching is watched by: shares that go from equal to those of the first head alone."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for index, line in enumerate(lines):
-        rest = (1 - index / (len(lines) - 1)) / heads
-        shares = [1 - rest * (heads - 1), *[rest] * (heads - 1)]
-        line |= {f"{label}head_share_vv_{number:02d}": share for number, share in enumerate(shares, 1)}
-        line[f"{label}head_entropy_vv"] = -sum(share * math.log(share) for share in shares if share)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return run
-
-
 def test_head_matching_is_drawn_and_nothing_else(tmp_path: Path) -> None:
     plain, matched = make_run(tmp_path / "plain"), match_heads(make_run(tmp_path / "matched"))
     page, without = Page(report([matched]).read_text()), Page(report([plain]).read_text())
@@ -315,55 +265,3 @@ def test_durations_in_words() -> None:
         "3 min 20 s",
         "5 h 12 min",
     ]
-
-
-def browse(page: Path, profile: Path) -> tuple[str, str]:
-    """(the page after its script has run, what the browser complained about), or skips without a browser."""
-    binary = shutil.which("chromium")
-    if binary is None:
-        pytest.skip("no chromium to look at the page with")
-    switches = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    switches += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
-    result = subprocess.run(
-        [binary, *switches.split(), f"--user-data-dir={profile}", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
-
-
-def test_a_browser_shows_the_page_without_complaint(full: Path, tmp_path: Path) -> None:
-    shown, complaints = browse(full, tmp_path / "profile")
-    assert "waiting for data" in shown
-    assert complaints == ""
-
-
-def test_hovering_shows_values(full: Path, tmp_path: Path) -> None:
-    """A second script plays the pointer; the page's policy has to go for that, and would complain if it stayed."""
-    script = """<script>
-      const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
-      const hover = share => chart.dispatchEvent(
-        new PointerEvent("pointermove", {clientX: box.left + share * box.width, clientY: box.top + 9}));
-      hover(0); hover(1);
-      document.body.dataset.last = chart.parentNode.querySelector(".tip").innerText;
-      chart.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));
-      document.body.dataset.before = chart.parentNode.querySelector(".tip").innerText;
-      document.body.dataset.tips = document.querySelectorAll(".tip").length;
-      chart.dispatchEvent(new PointerEvent("pointerleave"));
-      document.body.dataset.left = document.querySelectorAll(".tip, .guide").length;
-    </script></body>"""
-    played = full.with_name("played.html")
-    played.write_text(full.read_text().replace("</body>", script))
-    assert "Content Security Policy" in browse(played, tmp_path / "profile")[1]
-
-    played.write_text(re.sub("<meta http-equiv[^>]*>", "", played.read_text()))
-    shown, complaints = browse(played, tmp_path / "profile")
-    assert complaints == ""
-    (attributes,) = re.findall("<body([^>]*)>", shown)
-    body = dict(re.findall('data-([a-z]+)="([^"]*)"', attributes))
-    assert body["last"].split() == ["step", "300", "mae", "0.5215", "d2mae", "0.5215"]
-    assert body["before"].split() == ["step", "290", "mae", "0.5238", "d2mae", "0.5238"]
-    assert body["tips"] == "1"
-    assert body["left"] == "0"

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from mimlet.report.axes import number, short, ticks
 from mimlet.report.figures import (
     Curve,
     Picture,
     averaged,
     curves_svg,
-    number,
+    film,
+    image_strip,
     reconstruction_grid,
     shares_svg,
-    short,
     thin,
-    ticks,
 )
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.2, 0.1)
@@ -64,6 +64,34 @@ def test_a_grid_reduces_large_images_and_clips_what_is_no_colour() -> None:
     grid = opened(picture.png_bytes)
     assert grid[100, 30].tolist() == [255, 255, 0, 255]
     assert grid[260, 30].tolist() == [0, 0, 0, 255]
+
+
+def test_a_strip_keeps_small_images_and_reduces_large_ones() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    strip = opened(image_strip(normalised(pixels), mean=MEAN, std=STD))
+    np.testing.assert_array_equal(strip[..., :3], np.concatenate(list(pixels), axis=1))
+    noise = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    png = image_strip(noise, mean=MEAN, std=STD)
+    assert Picture("", png, "").size == (8 * 112, 112)
+    assert len(png) < 8 * 38_000, "noise is the worst that can come"
+
+
+def test_a_film_shows_labelled_strips_below_each_other() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 28, 28, 3), dtype=np.uint8)
+    strips = [image_strip(normalised(images), mean=MEAN, std=STD) for images in pixels]
+    shown = opened(film({"original": strips[0], "step 1,234": strips[1]}))
+    cell = 112
+    assert shown.shape[0] == 2 * cell + 4
+    margin = shown.shape[1] - (3 * cell + 2 * 4)
+    for row in range(2):
+        for column in range(3):
+            left = margin + column * (cell + 4)
+            found = shown[row * (cell + 4) :, left:][:cell, :cell]
+            np.testing.assert_array_equal(found[..., :3], pixels[row, column].repeat(4, 0).repeat(4, 1))
+            assert (found[..., 3] == 255).all()
+        label = shown[row * (cell + 4) :, : margin - 4][:cell]
+        assert 0 < (label[..., 3] > 0).sum() < label[..., 3].size / 4
+        assert not label[:, -1, 3].any(), "the widest label is whole"
 
 
 def test_thinning_keeps_ends_and_spikes() -> None:

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about runs: pictures first, prose little."""
+"""One self-contained HTML page about runs and analyses: pictures first, prose little."""
 
-from mimlet.report.collect import write_report
-from mimlet.report.figures import Curve, Picture, curves_svg, reconstruction_grid
+from mimlet.report.collect import write_analysis, write_report
+from mimlet.report.figures import Curve, Picture, curves_svg, film, reconstruction_grid
 
-__all__ = ["Curve", "Picture", "curves_svg", "reconstruction_grid", "write_report"]
+__all__ = ["Curve", "Picture", "curves_svg", "film", "reconstruction_grid", "write_analysis", "write_report"]

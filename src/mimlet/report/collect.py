@@ -1,30 +1,38 @@
-"""From run folders to one page: what the runs say, arranged for `page.html`."""
+"""From run folders and analyses to one page: what they say, arranged for `mimlet.report.page`."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from os.path import commonpath
 from pathlib import Path
 from statistics import mean, median
 from typing import TypeGuard
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from safetensors import safe_open
 
-from mimlet.atomic import write_atomic
+from mimlet.analyse.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, read_analysis
 from mimlet.config import flatten
 from mimlet.methods.settings import METHODS
 from mimlet.models.weights import ENCODER_FILE
-from mimlet.report.figures import Curve, Picture, averaged, curves_svg, number, shares_svg, swatch
+from mimlet.report.axes import number
+from mimlet.report.figures import Curve, Picture, averaged, curves_svg, shares_svg
+from mimlet.report.insight import (
+    Held,
+    Looked,
+    analysis_sections,
+    described,
+    joined,
+    model_sheet,
+    robustness_facts,
+    robustness_section,
+    styles_of,
+)
+from mimlet.report.page import Advice, Cell, Chart, Headline, Label, Page, Row, Section, Sheet, write_page
 from mimlet.run import Line, Run, read_run
 
 CIRCUMSTANCES = frozenset(
@@ -51,44 +59,77 @@ def write_report(
     pictures: Sequence[Picture] = (),
     notes: Sequence[str] = (),
     snippet: str = "",
+    findings: Sequence[Advice] = (),
 ) -> Path:
     """Writes one HTML file that needs nothing but itself, and returns its path.
 
     `table`: the result in a few rows, columns in the order of the first row. The best value stands out in columns of
     numbers whose name says which way is better: 'top', 'acc' or '%' (high), 'loss' or 'error' (low). `snippet`: code
-    that uses what was trained.
-    Raises `RunError` for a folder that is not a run.
+    that uses what was trained. `findings`: a diagnosis. What a run's folder holds of an analysis (`analysis/`) and of
+    its robustness is shown too.
+    Raises `RunError` for a folder that is not a run, or holds damaged files.
     """
     shown = _load(runs)
-    page = Environment(
-        loader=PackageLoader("mimlet", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["sha256"] = lambda text: (
-        "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
-    )
-    page.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    html = page.get_template("page.html").render(
+    analyses = [run.looked for run in shown if run.looked]
+    if len(shown) == 1:
+        analyses = [replace(looked, label="") for looked in analyses]
+    groups = joined(analyses)
+    styles = {run.run.path.resolve(): run.style for run in shown}
+    sections, sheets = [*_sections(shown)], [*_sheets(shown)]
+    for group in groups:
+        labels = styles_of(group.analysis.models, styles)
+        suffix = f", {group.label}" if len(groups) > 1 else ""
+        sections += analysis_sections(group.analysis, labels, suffix)
+        sheets.append(model_sheet(group.analysis, labels, suffix))
+    page = Page(
         title=title,
         lead=_lead(shown),
         headline=_headline(table) if table else None,
-        tiles=_tiles(shown[0]) if len(shown) == 1 else [],
-        pictures=pictures,
-        sections=_sections(shown),
+        tiles=_tiles(shown[0]) if len(shown) == 1 and not table else (),
+        findings=findings,
+        pictures=[*pictures, *(picture for looked in analyses for picture in looked.pictures())],
+        sections=[*sections, _speed(shown)],
         snippet=snippet,
-        runs=shown,
-        facts=_facts(shown),
-        differences=_differences(shown),
-        notes=[*notes, *(note for run in shown for note in run.notes)],
+        sheets=sheets,
+        notes=[
+            *notes,
+            *(note for run in shown for note in run.notes),
+            *(f"Looked into: {described(group.analysis)}." for group in groups),
+            *(note for looked in analyses for note in looked.notes()),
+        ],
+        commands=[(run.label if len(shown) > 1 else "", run.command) for run in shown],
         environments=_environments(shown),
-        swatch=swatch,
-        version=version("mimlet"),
     )
-    write_atomic(out, html)
-    return out
+    return write_page(page, out)
+
+
+def write_analysis(
+    analysis: Analysis,
+    folder: Path,
+    out: Path,
+    *,
+    title: str,
+    command: str = "",
+    notes: Sequence[str] = (),
+    findings: Sequence[Advice] = (),
+) -> Path:
+    """Writes the page about an analysis, whose pictures are in `folder`, and returns its path.
+
+    `command`: what repeats it. `findings`: a diagnosis.
+    """
+    labels = styles_of(analysis.models, {})
+    looked = Looked("", folder, analysis)
+    page = Page(
+        title=title,
+        lead=described(analysis),
+        findings=findings,
+        pictures=list(looked.pictures()),
+        sections=analysis_sections(analysis, labels),
+        sheets=[model_sheet(analysis, labels)],
+        notes=[*notes, *looked.notes()],
+        commands=[("", command)] if command else (),
+    )
+    return write_page(page, out)
 
 
 @dataclass(frozen=True)
@@ -144,6 +185,17 @@ class Shown:
         path = self.run.path / "unreadable.txt"
         return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
+    @cached_property
+    def looked(self) -> Looked | None:
+        """What an analysis found in this run, if it was looked into."""
+        folder = self.run.path / ANALYSIS_FOLDER
+        return Looked(self.label, folder, read_analysis(folder)) if (folder / ANALYSIS_FILE).is_file() else None
+
+    @cached_property
+    def held(self) -> Held | None:
+        """How it holds up on other images, if that was judged."""
+        return Held.read(self.run.path)
+
     @property
     def parameters(self) -> int | None:
         """Numbers in the exported weights, once they are written."""
@@ -166,24 +218,6 @@ class Shown:
         return found + [
             f"{self.label}, step {line['step']}: {line['text']}" for line in self.run.lines("note")[-NOTES:]
         ]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure under its title."""
-
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value of the headline table. `bar`: percent of the column's largest, in columns that have a best value."""
-
-    text: str
-    numeric: bool = False
-    best: bool = False
-    bar: float | None = None
 
 
 def _load(paths: Sequence[Path]) -> list[Shown]:
@@ -223,9 +257,10 @@ def _chart(
     from_zero: bool = False,
     log: bool = False,
     last: bool = True,
+    every: bool = False,
     references: Mapping[str, float] | None = None,
 ) -> Iterator[Chart]:
-    """One quantity of all runs that have it, if any has. A share given in '%' is multiplied by 100."""
+    """One quantity of all runs that have it, if any has it twice. A share given in '%' is multiplied by 100."""
     title = title or _words(name)
     curves = []
     for shown in runs:
@@ -233,25 +268,50 @@ def _chart(
             x, y = [step for step, _ in points], [value * (100 if unit == "%" else 1) for _, value in points]
             curve = Curve(shown.label, x, y, shown.style)
             curves.append(averaged(curve) if average else curve)
-    if curves:
-        svg = curves_svg(curves, title=title, unit=unit, from_zero=from_zero, log=log, last=last, references=references)
+    if any(len(curve.x) > 1 for curve in curves):
+        svg = curves_svg(
+            curves,
+            title=title,
+            unit=unit,
+            from_zero=from_zero,
+            log=log,
+            last=last,
+            every=every,
+            references=references,
+        )
         yield Chart(title, svg)
 
 
-def _sections(runs: Sequence[Shown]) -> dict[str, list[Chart]]:
+def _sections(runs: Sequence[Shown]) -> Iterator[Section]:
     training: list[Chart] = []
     for name in _losses(runs):
         training += _chart([shown for shown in runs if name in shown.losses], "train", name, log=True)
     training += _chart(runs, "train", "lr", "learning rate", from_zero=True, last=False)
-    return {
-        "Losses and learning rate": training,
-        "Head matching": list(_matching(runs)),
-        "Evaluation": [chart for name in _judged(runs) for chart in _chart(runs, "eval", name)],
-        "Speed": [
-            *_chart(runs, "train", "images_per_second", average=True, from_zero=True),
-            *_chart(runs, "train", "data_wait", "time spent waiting for data", "%", average=True, from_zero=True),
-        ],
-    }
+    evaluation = [chart for name in _judged(runs) for chart in _chart(runs, "eval", name, every=True)]
+    robust = [((shown.style, shown.label), shown.held) for shown in runs if shown.held]
+    yield Section("Losses and learning rate", training, _legend(runs))
+    yield Section("Head matching", list(_matching(runs)), _legend(runs))
+    yield Section("Evaluation", evaluation, _legend(runs))
+    yield robustness_section(robust, [label for label, _ in robust] if len(runs) > 1 else ())
+
+
+def _speed(runs: Sequence[Shown]) -> Section:
+    charts = [
+        *_chart(runs, "train", "images_per_second", average=True, from_zero=True),
+        *_chart(runs, "train", "data_wait", "time spent waiting for data", "%", average=True, from_zero=True),
+    ]
+    return Section("Speed", charts, _legend(runs))
+
+
+def _legend(runs: Sequence[Shown]) -> Sequence[Label]:
+    """What lines stand for, where there are several runs."""
+    return [(shown.style, shown.label) for shown in runs if shown.train or shown.eval] if len(runs) > 1 else ()
+
+
+def _sheets(runs: Sequence[Shown]) -> Iterator[Sheet]:
+    heads = [(shown.style, shown.label) for shown in runs] if len(runs) > 1 else ()
+    yield Sheet("Runs" if len(runs) > 1 else "Run", _facts(runs), heads)
+    yield Sheet("Settings that differ", _differences(runs), heads, swatches=False)
 
 
 def _matching(runs: Sequence[Shown]) -> Iterator[Chart]:
@@ -298,7 +358,7 @@ def _judged(runs: Sequence[Shown]) -> list[str]:
     return [name for name in _names(line for shown in runs for line in shown.eval) if name not in CIRCUMSTANCES]
 
 
-def _facts(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+def _facts(runs: Sequence[Shown]) -> list[Row]:
     """Rows of the table of runs; rows that no run fills are left out."""
     rows: dict[str, Callable[[Shown], str]] = {
         "recipe": lambda shown: shown.run.config.title,
@@ -311,6 +371,8 @@ def _facts(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
     }
     rows |= {f"{_words(name)}, last": partial(_last, kind="train", name=name) for name in _losses(runs)}
     rows |= {f"{_words(name)}, last evaluation": partial(_last, kind="eval", name=name) for name in _judged(runs)}
+    for name in robustness_facts(None):
+        rows[name] = partial(lambda shown, name: robustness_facts(shown.held)[name], name=name)
     rows |= {
         "images per second": lambda shown: _summary(median, shown, "images_per_second"),
         "waiting for data": lambda shown: _summary(lambda values: 100 * mean(values), shown, "data_wait", "%"),
@@ -340,7 +402,7 @@ def _summary(summarise: Callable[[Sequence[float]], float], shown: Shown, name: 
     return f"{number(float(f'{summarise(values):.3g}'))}{unit}" if values else ""
 
 
-def _differences(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Sequence[Shown]) -> list[Row]:
     """Settings in which runs differ, other than where and how they were run."""
     settings = [
         dict(flatten(shown.run.config.model_dump(mode="json", exclude={"run", "sweep", "title"}))) for shown in runs
@@ -350,13 +412,19 @@ def _differences(runs: Sequence[Shown]) -> list[tuple[str, list[str]]]:
     return [(name, cells) for name, cells in table if len(set(cells)) > 1]
 
 
-def _environments(runs: Sequence[Shown]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _environments(runs: Sequence[Shown]) -> list[Sheet]:
     """Environments with the labels of the runs that had them; equal ones once."""
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for shown in runs:
         described = {key: value for key, value in shown.run.environment.items() if key not in ("command", "previous")}
         groups.setdefault(tuple((key, _plain(value)) for key, value in flatten(described)), []).append(shown.label)
-    return [(", ".join(labels), list(environment)) for environment, labels in groups.items() if environment]
+    return [
+        Sheet(
+            f"Environment of {', '.join(labels)}" if len(groups) > 1 else "Environment",
+            [(key, [value]) for key, value in environment],
+        )
+        for environment, labels in groups.items()
+    ]
 
 
 def _tiles(shown: Shown) -> list[tuple[str, str]]:
@@ -368,8 +436,8 @@ def _tiles(shown: Shown) -> list[tuple[str, str]]:
     return [(name, value) for name, value in tiles if value]
 
 
-def _headline(table: Table) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
-    """Columns as (name, whether it holds numbers), and rows of cells with the best of each column marked."""
+def _headline(table: Table) -> Headline:
+    """The table, with the best of each column marked."""
     columns = list(table[0])
     cells = [[Cell(MISSING) for _ in columns] for _ in table]
     numeric = []
@@ -387,7 +455,7 @@ def _headline(table: Table) -> tuple[list[tuple[str, bool]], list[list[Cell]]]:
                 cells[index][place] = Cell(number(value), True, value == best, bar)
             elif name in row:
                 cells[index][place] = Cell(str(row[name]))
-    return list(zip(columns, numeric, strict=True)), cells
+    return Headline(list(zip(columns, numeric, strict=True)), cells)
 
 
 def _lead(runs: Sequence[Shown]) -> str:
