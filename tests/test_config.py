@@ -291,6 +291,8 @@ def test_inputs_are_looked_for_before_anything_heavy(tmp_path: Path) -> None:
         check_inputs(config([]))
     with pytest.raises(DataError) as caught:
         check_inputs(config([str(tmp_path / "photo")], eval=["nowhere/at/all"], subset="mine.txt"))
+    with pytest.raises(DataError, match=r"^data\.labelled: no such file or folder 'nowhere'"):
+        check_inputs(validate(minimal(data={"path": [str(tmp_path / "photos")], "labelled": ["nowhere"]})))
     first, second, third = str(caught.value).splitlines()
     assert first == f"data.path: no such file or folder '{tmp_path / 'photo'}' (did you mean 'photos'?)"
     assert second == "data.eval: no such file or folder 'nowhere/at/all'"
@@ -303,9 +305,32 @@ def test_header_of_a_recipe(tmp_path: Path) -> None:
     assert recipe_header(path) == {"source": "A paper, Table 1: all", "cost": "1 h"}
 
 
-def test_methods_without_labels_are_not_judged_in_training() -> None:
-    with pytest.raises(ConfigError, match=r"data\.eval: method 'mae' learns without labels"):
-        validate(minimal(data={"path": ["photos"], "eval": ["photos"]}))
+@pytest.mark.parametrize(
+    ("method", "data", "message"),
+    [
+        (
+            "mae",
+            {"eval": ["photos"]},
+            "data.eval: method 'mae' learns without labels; to judge its encoder in training give labelled images to "
+            "compare with, data.labelled (--labelled), or use `mimlet probe` afterwards",
+        ),
+        ("mae", {"judge": "probe"}, "data.judge: probe judges an encoder by data.labelled (--labelled); give both"),
+        ("mae", {"judge": "svm", "labelled": ["p"]}, "data.judge: Input should be 'knn' or 'probe', got 'svm'"),
+        (
+            "classify",
+            {"labelled": ["photos"]},
+            "data.labelled: method 'classify' learns from the labels of data.path and is judged on data.eval (--eval); "
+            "data.labelled is for pre-training",
+        ),
+    ],
+)
+def test_what_an_encoder_is_judged_by_in_training(method: str, data: dict[str, object], message: str) -> None:
+    assert problems(minimal(method={"name": method}, data={"path": ["photos"], **data})) == [message]
+
+
+def test_an_encoder_is_judged_by_labelled_images() -> None:
+    data = {"path": ["photos"], "labelled": ["a"], "eval": ["b"], "judge": "probe"}
+    assert validate(minimal(data=data)).data.judge == "probe"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mimlet.config import Config, load_config
 from mimlet.errors import RunError
-from mimlet.run import RunFolder, read_run
+from mimlet.run import RunFolder, read_pictures, read_run
 
 
 def config(**changes: Any) -> Config:
@@ -81,6 +83,62 @@ def test_tensorboard_gets_the_numbers_and_forgets_what_is_repeated(tmp_path: Pat
     events.Reload()
     assert events.Tags()["scalars"] == ["train/total"]
     assert [(e.step, e.value) for e in events.Scalars("train/total")] == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FIXED = {"original": png("red"), "visible": png("grey")}
+
+
+def test_pictures_of_moments_come_back_in_order(tmp_path: Path) -> None:
+    assert read_pictures(tmp_path) == {}
+    with RunFolder.create(tmp_path, config()) as run:
+        for step, colour in ((1200, "blue"), (0, "black"), (99, "green")):
+            assert not run.has_picture(step)
+            run.picture(step, png(colour), FIXED)
+            assert run.has_picture(step)
+    shown = {"step 0": png("black"), "step 99": png("green"), "step 1,200": png("blue")}
+    assert list(read_pictures(tmp_path).items()) == [*FIXED.items(), *shown.items()]
+    assert (tmp_path / "pictures" / "00001200.png").read_bytes() == png("blue")
+
+
+def test_pictures_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    for resumed in (False, True):
+        with RunFolder.create(tmp_path, config(), resume=resumed) as run:
+            run.rewind(10)
+            assert [run.has_picture(step) for step in (0, 10, 11)] == [resumed, resumed, False]
+            for step in (0, 10, 11):
+                run.picture(step, png("blue"), FIXED)
+
+
+def test_pictures_of_other_images_are_dropped(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, config()) as run:
+        run.picture(0, png("blue"), FIXED)
+        run.picture(5, png("blue"), FIXED | {"visible": png("white")})
+    assert list(read_pictures(tmp_path)) == ["original", "visible", "step 5"]
+
+
+def test_tensorboard_gets_the_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunFolder.create(tmp_path, config(run__tensorboard="true")) as run:
+        run.rewind(0)
+        run.log("eval", 0, 0, 0, {"knn_top1": 1.0})
+        run.picture(0, png("black"), FIXED)
+        run.picture(9, png("blue"), FIXED)
+        run.image("confusion", 9, png("green"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/knn_top1")] == [0], "what comes before the first step stays"
+    assert set(events.Tags()["images"]) == {"original", "visible", "reconstruction", "confusion"}
+    shown = [(image.step, image.width, image.height) for image in events.Images("reconstruction")]
+    assert shown == [(0, 8, 4), (9, 8, 4)]
+    blue = Image.open(io.BytesIO(events.Images("reconstruction")[1].encoded_image_string))
+    assert blue.getpixel((3, 3)) == (0, 0, 255)
 
 
 def test_unreadable_files_are_listed_once_even_over_a_resume(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@
     environment.json    versions, hardware, the command
     metrics.jsonl       one JSON object per line: step, epoch, kind (train, eval or note), time, and the values
     unreadable.txt      name<TAB>reason of files that could not be read
-    tensorboard/        the same metrics for TensorBoard
+    pictures/           of fixed training images: original.png, visible.png, and what the method made of them after so
+                        many steps, 00001234.png
+    tensorboard/        the same metrics and pictures for TensorBoard
+    loggers.json        what W&B and MLflow know the run by
     checkpoints/        see `mimlet.train.checkpoint`
 
 Reading one needs no torch.
@@ -16,20 +19,19 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import Literal, TextIO
 
 from mimlet.atomic import write_atomic
 from mimlet.config import Config, changed_settings, load_config
 from mimlet.errors import RunError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from mimlet.loggers import Sink, TensorBoard, abandon, open_sinks
 
 Value = float | int | str
 Kind = Literal["train", "eval", "note"]
@@ -39,6 +41,10 @@ Line = dict[str, Value]
 LINE_KEYS = ("step", "epoch", "kind", "time")
 
 PACKAGES = ("mimlet", "torch", "torchvision", "timm", "lightning-fabric", "safetensors", "numpy")
+
+
+FIXED = ("original", "visible")
+"""The pictures that do not change in training."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,13 @@ def read_metrics(path: Path) -> list[Line]:
         raise RunError(f"{path} is damaged: {error}") from None
 
 
+def read_pictures(folder: Path) -> dict[str, bytes]:
+    """The pictures in a run folder, PNG by name, in order: `original`, `visible`, `step 0`, ... `step 1,234`."""
+    moments = {f"step {step:,}": path for step, path in sorted(_moments(folder).items())}
+    files = {name: folder / "pictures" / f"{name}.png" for name in FIXED} | moments
+    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+
+
 class RunFolder:
     """The run folder of a training in progress, locked against a second one.
 
@@ -89,14 +102,14 @@ class RunFolder:
     and metrics are then to be continued.
     """
 
-    def __init__(self, path: Path, config: Config, lock: TextIO, resumed: bool) -> None:
+    def __init__(self, path: Path, config: Config, lock: TextIO, resumed: bool, sinks: dict[str, Sink]) -> None:
         self.path, self.config, self.resumed = path, config, resumed
-        self._lock = lock
+        self._lock, self._sinks = lock, sinks
+        self._now = 0, 0.0, 0.0
         self._unreadable = self.path / "unreadable.txt"
         self._known = (
             set(self._unreadable.read_text(encoding="utf-8").splitlines()) if self._unreadable.exists() else set()
         )
-        self._purge_step: int | None = None
 
     @classmethod
     def create(
@@ -108,11 +121,12 @@ class RunFolder:
         allow_changes: bool = False,
         command: Sequence[str] = (),
     ) -> RunFolder:
-        """Makes or continues a run folder and records settings and environment.
+        """Makes or continues a run folder, records settings and environment, starts the loggers.
 
         `resume` continues a run that is there, and starts one where there is none, so that the same command can be
         repeated. Raises `RunError` when a run is there and `resume` was not asked for, when it was made with other
-        settings (`allow_changes` accepts them), when another process uses the folder, or when it cannot be written.
+        settings (`allow_changes` accepts them), when another process uses the folder, when it cannot be written, or
+        when a logger does not start; `ConfigError` when a logger's package is missing.
         """
         folder = Path(path)
         try:
@@ -124,12 +138,14 @@ class RunFolder:
                 f"cannot make the run folder {folder}: {error.strerror or error}; give another --out"
             ) from None
         lock = _lock(folder)
+        sinks: dict[str, Sink] = {}
         try:
             exists = (folder / "config.json").exists()
             if exists:
                 _check_resume(folder, config, resume, allow_changes)
             for leftover in folder.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+            sinks = open_sinks(folder, config)
             environment = describe_environment(command)
             if exists:
                 before = _read_environment(folder)
@@ -139,9 +155,10 @@ class RunFolder:
             write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         except BaseException:
+            abandon(sinks)
             lock.close()
             raise
-        return cls(folder, config, lock, exists)
+        return cls(folder, config, lock, exists, sinks)
 
     @property
     def checkpoints(self) -> Path:
@@ -149,24 +166,54 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def rewind(self, step: int) -> list[Line]:
-        """Forgets what was logged after `step` steps, because training continues from there; returns the lines that
-        stay.
+        """Forgets what was logged and shown after `step` steps, because training continues from there; returns the
+        lines that stay.
         """
         path = self.path / "metrics.jsonl"
         lines = [line for line in read_metrics(path) if int(line["step"]) <= step]
         if path.exists():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._purge_step = step + 1
+        for moment, picture in _moments(self.path).items():
+            if moment > step:
+                picture.unlink()
+        if lines:
+            self._now = step, float(lines[-1]["epoch"]), float(lines[-1]["time"])
+        if isinstance(board := self._sinks.get("tensorboard"), TensorBoard):
+            board.purge_step = step + 1
         return lines
 
     def log(self, kind: Kind, step: int, epoch: float, time: float, values: Mapping[str, Value]) -> None:
         """Appends a line. `step`: optimiser steps done; `time`: seconds of training so far, over all resumes."""
         line: Line = {"step": step, "epoch": round(epoch, 4), "kind": kind, "time": round(time, 3), **values}
         self._append(self.path / "metrics.jsonl", json.dumps(line) + "\n")
-        if self.config.run.tensorboard:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        self._now = step, epoch, time
+        if numbers:
+            self._tell(lambda sink: sink.scalars(kind, step, numbers))
+
+    def image(self, name: str, step: int, png: bytes) -> None:
+        """Shows a picture in the loggers."""
+        self._tell(lambda sink: sink.image(name, step, png))
+
+    def has_picture(self, step: int) -> bool:
+        """Whether there is a picture of the moment after `step` steps."""
+        return step in _moments(self.path)
+
+    def picture(self, step: int, png: bytes, fixed: Mapping[str, bytes]) -> None:
+        """Keeps what the method makes of fixed images after `step` steps, and once the pictures named `FIXED`.
+
+        Where these have changed (other images after --allow-changes) the earlier moments are forgotten.
+        """
+        folder = self.path / "pictures"
+        for name, content in fixed.items():
+            path = folder / f"{name}.png"
+            if not path.is_file() or path.read_bytes() != content:
+                for moment in _moments(self.path).values():
+                    moment.unlink()
+                write_atomic(path, content)
+                self.image(name, step, content)
+        write_atomic(folder / f"{step:08d}.png", png)
+        self.image("reconstruction", step, png)
 
     def unreadable(self, files: Iterable[tuple[str, str]]) -> None:
         """Lists (name, reason) of files that could not be read, each once."""
@@ -176,10 +223,9 @@ class RunFolder:
             self._known.update(new)
             self._append(self._unreadable, "".join(f"{line}\n" for line in new))
 
-    def close(self) -> None:
-        """Flushes TensorBoard's events and releases the lock."""
-        if "_writer" in self.__dict__:
-            self._writer.close()
+    def close(self, failed: bool = False) -> None:
+        """Ends the loggers and releases the lock. `failed`: see `mimlet.loggers.Sink`."""
+        self._tell(lambda sink: sink.close(failed))
         self._lock.close()
 
     def __enter__(self) -> RunFolder:
@@ -188,13 +234,18 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
-    @cached_property
-    def _writer(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        """Hands something to every logger. One that fails is noted and left out: training is worth more."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                call(sink)
+            except Exception as error:  # whatever their packages raise
+                del self._sinks[name]
+                text = f"{name} failed and gets no more: {type(error).__name__}: {_one_line(str(error))}"
+                warnings.warn(text, stacklevel=3)
+                self.log("note", *self._now, {"text": text})
 
     def _append(self, path: Path, text: str) -> None:
         try:
@@ -272,6 +323,12 @@ def _read_environment(folder: Path) -> dict[str, object]:
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from None
     return environment
+
+
+def _moments(folder: Path) -> dict[int, Path]:
+    """The pictures of moments in a run folder, by step."""
+    names = ((re.fullmatch(r"(\d+)\.png", path.name), path) for path in (folder / "pictures").glob("*.png"))
+    return {int(match[1]): path for match, path in names if match}
 
 
 def _one_line(text: str) -> str:

@@ -35,13 +35,14 @@ FINETUNE: dict[str, dict[str, Any]] = {
 
 
 def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
-    """Four steps of 8 images, by plain gradient descent: rounding must not grow."""
+    """Four steps of 8 images, by plain gradient descent: rounding must not grow. Encoders are judged meanwhile."""
+    labelled = [] if method in FINETUNE.values() else [str(data)]
     return load_config(
         {
             "encoder": {"name": "vit_nano", "image_size": 16, "dim": 24, "depth": 2, "heads": 3},
             "method": method,
             "teacher": {"path": str(teacher), "precision": "32"},
-            "data": {"path": [str(data)], "augment": {"color_jitter": 0.4}},
+            "data": {"path": [str(data)], "labelled": labelled, "augment": {"color_jitter": 0.4}},
             "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0},
             "schedule": {"batch": 8, "steps": 4},
             "speed": {"accelerator": "cpu", "precision": "32", "workers": 0, "accumulate": pieces},

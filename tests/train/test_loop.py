@@ -21,7 +21,7 @@ from mimlet.methods.base import Clock, Method
 from mimlet.run import RunFolder, read_run
 from mimlet.train import loop
 from mimlet.train.checkpoint import read_checked
-from mimlet.train.loop import Batches, Plan
+from mimlet.train.loop import Batches, Plan, moments
 from tests.train.toy import Toy, batches, config, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +261,75 @@ def test_an_evaluation_that_a_stop_forestalled_is_made_up_for(tmp_path: Path) ->
     with RunFolder.create(tmp_path, settings, resume=True) as run:
         train(settings, run=run, evaluate=judge)
     assert judge.steps == [6, 12, 16]
+
+
+def test_an_evaluation_before_the_first_step(whole: Method, tmp_path: Path) -> None:
+    settings = config(schedule={"eval_epochs": 2})
+    judge = Judge([3, 1, 3, 2])
+    with RunFolder.create(tmp_path, settings) as run, pytest.raises(TrainingStopped):
+        train(settings, run=run, evaluate=judge, judge_start=True, signals={5: signal.SIGTERM})
+    assert judge.steps == [0]
+    with RunFolder.create(tmp_path, settings, resume=True) as run:
+        method, result = train(settings, run=run, evaluate=judge, judge_start=True)
+    assert judge.steps == [0, 6, 12, 16]
+    assert [line["step"] for line in read_run(tmp_path).lines("eval")] == [0, 6, 12, 16]
+    assert result.best_step == 0
+    assert_same(method, whole)
+
+
+class Looker:
+    """Keeps where it looked, and what a training must not notice."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def __call__(self, method: Method, step: int) -> None:
+        assert isinstance(method, Toy)
+        assert not method.training
+        assert not torch.is_grad_enabled()
+        assert int(method.steps) == step
+        self.steps.append(step)
+        torch.rand(3)
+
+
+def test_moments_are_spread_evenly() -> None:
+    assert moments(0, 100) == set()
+    assert moments(1, 100) == {100}
+    assert moments(2, 100) == {0, 100}
+    assert sorted(moments(8, 39)) == [0, 6, 12, 17, 23, 28, 34, 39]
+    assert moments(8, 3) == {0, 1, 2, 3}
+
+
+def test_a_look_now_and_then_changes_nothing(whole: Method, tmp_path: Path) -> None:
+    looker = Looker()
+    settings = config(run={"pictures": 5, "log_steps": 1})
+    with RunFolder.create(tmp_path, settings) as run:
+        method, _ = train(settings, run=run, look=looker)
+    assert looker.steps == [0, 4, 8, 12, 16]
+    assert_same(method, whole)
+    train(config(run={"pictures": 0}), look=looker)
+    assert len(looker.steps) == 5
+
+
+def test_a_look_is_no_part_of_the_measured_speed(tmp_path: Path) -> None:
+    settings = config(run={"pictures": 5, "log_steps": 4})
+    with RunFolder.create(tmp_path, settings) as run:
+        train(settings, run=run, look=lambda method, step: time.sleep(0.2))
+    speeds = [float(line["images_per_second"]) for line in read_run(tmp_path).lines("train")]
+    assert max(speeds[1:]) > 1.5 * 4 * 8 / 0.2, "as fast as if each of these intervals had no look in it"
+
+
+def test_looks_of_an_interrupted_training(tmp_path: Path) -> None:
+    """Stopped at one of the moments, then by a crash: each is seen once more where training continues."""
+    settings = config(run={"pictures": 5, "checkpoint_steps": 6})
+    stopped, crashed, last = Looker(), Looker(), Looker()
+    with RunFolder.create(tmp_path, settings) as run, pytest.raises(TrainingStopped):
+        train(settings, run=run, look=stopped, signals={7: signal.SIGTERM})
+    with RunFolder.create(tmp_path, settings, resume=True) as run, pytest.raises(ZeroDivisionError):
+        train(settings, run=run, look=crashed, stream=failing_at(settings, 14))
+    with RunFolder.create(tmp_path, settings, resume=True) as run:
+        train(settings, run=run, look=last)
+    assert (stopped.steps, crashed.steps, last.steps) == ([0, 4], [8, 12], [12, 16])
 
 
 class Explodes(Toy):

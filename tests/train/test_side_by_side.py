@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mimlet.methods.settings import METHODS
-from mimlet.run import LINE_KEYS, read_run
+from mimlet.run import LINE_KEYS, read_pictures, read_run
 from tests.data.images import make_folder
 from tests.tiny import finetune, pretrain
 from tests.train.side_by_side import FINETUNE, PRETRAIN, main
@@ -44,6 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_method_takes_part() -> None:
     assert {method["name"] for method in (*PRETRAIN.values(), *FINETUNE.values())} == METHODS.keys() - {"linear_probe"}
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_two_processes_see_the_same_meanwhile(folder: Path, name: str) -> None:
+    one, two = (read_run(folder / kind / name).lines("eval") for kind in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 4]
+    assert one[0]["knn_top1"] == two[0]["knn_top1"]
+    ours, theirs = (read_pictures(folder / kind / name) for kind in ("one", "two"))
+    assert list(ours) == list(theirs)
+    for picture in ("original", "visible", "step 0"):
+        assert ours.get(picture) == theirs.get(picture)
+    assert bool(ours) is (name in ("mae", "dmae", "d2mae_heads", "mimhd", "mimhd_mixture", "dmae_features"))
 
 
 @pytest.mark.parametrize("name", [*PRETRAIN, *FINETUNE])

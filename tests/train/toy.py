@@ -18,7 +18,7 @@ from mimlet.errors import TrainingStopped
 from mimlet.methods.base import Clock, Method
 from mimlet.run import RunFolder
 from mimlet.train.distributed import make_fabric
-from mimlet.train.loop import Batches, Evaluate, FitResult, fit
+from mimlet.train.loop import Batches, Evaluate, FitResult, Look, fit
 
 IMAGES, SIDE = 24, 4
 
@@ -118,13 +118,17 @@ def train(
     evaluate: Evaluate | None = None,
     stream: Batches | None = None,
     signals: dict[int, int] | None = None,
+    judge_start: bool = False,
+    look: Look | None = None,
 ) -> tuple[Method, FitResult]:
     """One training in this process."""
     settings, method = settings or config(), method or Toy()
     fabric = make_fabric(settings.speed)
     stream = stream or batches(settings, fabric.global_rank, fabric.world_size, signals)
     per_epoch = IMAGES // settings.schedule.batch
-    return method, fit(method, settings, fabric, stream, per_epoch, run=run, evaluate=evaluate)
+    return method, fit(
+        method, settings, fabric, stream, per_epoch, run=run, evaluate=evaluate, judge_start=judge_start, look=look
+    )
 
 
 def main(out: Path, number: int) -> None:

@@ -119,15 +119,18 @@ def extract_features(
     *,
     total: int | None = None,
     title: str = "features",
+    progress: bool = True,
 ) -> Labelled:
     """Features [N,D] and labels [N] of all images, on the CPU. The encoder must be on `device`.
 
-    `total` is the number of batches, for the progress bar on stderr. Raises `DataError` without images or labels.
+    `total` is the number of batches, for the progress bar on stderr, `title` what they are called. Raises
+    `DataError` without images or labels.
     """
     check_pool(encoder, pool)
     features, labels = [], []
     with evaluating(encoder):
-        for batch in track(batches, title, total, console=Console(stderr=True), transient=True):
+        console = Console(stderr=True)
+        for batch in track(batches, title, total, console=console, transient=True, disable=not progress):
             if not len(batch):
                 continue
             labels.append(known_labels(batch))
@@ -153,7 +156,7 @@ def fit_logistic(train: Labelled, seed: int = 0) -> Pipeline:
     features, labels = (part.numpy() for part in train)
     if len(np.unique(labels)) < 2:
         raise DataError(f"a probe needs training images of at least 2 classes, got {len(np.unique(labels))}")
-    held = _held_out(labels, seed)
+    held = held_out(labels, seed)
     best = 1.0
     if held.any():
         fits = (_fit(features[~held], labels[~held], penalty) for penalty in PENALTIES)
@@ -189,8 +192,10 @@ def knn_probe(train: Labelled, test: Labelled, k: int = 20, temperature: float =
     return scores.summary()
 
 
-def _held_out(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
-    """Every fifth image of each class in a random order, from its second on."""
+def held_out(labels: NDArray[np.int64], seed: int) -> NDArray[np.bool_]:
+    """A fifth of the images with these labels [n], True: every fifth of each class in a random order, from its second
+    on.
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[labels[order].argsort(kind="stable")]
     ranks = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])

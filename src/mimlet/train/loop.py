@@ -55,6 +55,13 @@ JointBatches = Callable[[int, int], Generator[Sequence[Batch], None, None]]
 Evaluate = Callable[[Method], dict[str, float]]
 """Judges a method in eval mode, on every process. The evaluation whose first number is highest is the best one."""
 
+Look = Callable[[Method, int], None]
+"""Looks at a method after so many steps and keeps what it sees: at the `run.pictures` moments of a training, on the
+first process only, in eval mode without gradients. It is asked a second time about a step from which training is
+continued. It leaves the method as it is; random numbers it may draw, no step notices. Its time is not part of the
+measured speed.
+"""
+
 UNREADABLE_AFTER = 100
 """Images seen before the share of unreadable ones can stop a run; one epoch, if that is shorter."""
 
@@ -101,6 +108,13 @@ class Plan:
         return step == self.total or bool(step and self.evaluate_every and step % self.evaluate_every == 0)
 
 
+def moments(count: int, total: int) -> set[int]:
+    """`count` steps spread evenly over a training of `total` steps: the first is 0, before training, the last the end.
+    A single one is the end.
+    """
+    return {total - total * i // max(1, count - 1) for i in range(count)}
+
+
 @dataclass
 class Job:
     """One of several trainings side by side: see `fit` for what its parts are."""
@@ -109,6 +123,8 @@ class Job:
     config: Config
     run: RunFolder | None = None
     evaluate: Evaluate | None = None
+    judge_start: bool = False
+    look: Look | None = None
 
 
 def fit(
@@ -120,10 +136,13 @@ def fit(
     *,
     run: RunFolder | None = None,
     evaluate: Evaluate | None = None,
+    judge_start: bool = False,
+    look: Look | None = None,
 ) -> FitResult:
     """Trains `method` to the end of `config.schedule`, from the newest checkpoint in `run` if there is one.
 
-    `run` is given on the first process only; without it nothing is written. The method comes back in eval mode on the
+    `run` and `look` are given on the first process only; without `run` nothing is written. `judge_start`: `evaluate` is
+    asked before the first step, too. The method comes back in eval mode on the
     fabric's device. Raises `TrainingStopped` after a signal, with a checkpoint saved; `RunError` when a loss is not
     finite (what led to it is written to the run folder, a checkpoint is not) or the disk refuses; `DataError` when too
     many files are unreadable.
@@ -134,7 +153,7 @@ def fit(
             for batch in stream:
                 yield (batch,)
 
-    result = fit_together([Job(method, config, run, evaluate)], fabric, alone, steps_per_epoch)[0]
+    result = fit_together([Job(method, config, run, evaluate, judge_start, look)], fabric, alone, steps_per_epoch)[0]
     if isinstance(result, RunError):
         raise result
     return result
@@ -266,6 +285,8 @@ class _Loop:
         method, config, run = job.method, job.config, job.run
         self.method, self.config, self.fabric, self.plan = method, config, fabric, plan
         self.run, self.evaluate, self.stop, self.display = run, job.evaluate, stop, display
+        self.judge_start, self.look = job.judge_start, job.look
+        self.moments = moments(config.run.pictures, plan.total)
         self.name = run.path.name if run else ""
         self.checkpoints = Checkpoints(run.checkpoints, config.run.keep, self.say) if run else None
         self.step = 0
@@ -312,8 +333,10 @@ class _Loop:
     def begin(self, first: Batch | None) -> None:
         """Before the first step; `first` is its first piece, None where nothing is left to do."""
         self.method.train()
-        if self.plan.evaluates(self.step) and all(step != self.step for step, _ in self.evaluations):
+        due = self.plan.evaluates(self.step) or (self.judge_start and self.step == 0)
+        if due and all(step != self.step for step, _ in self.evaluations):
             self._judge()
+        self._look()
         if first is not None:
             self._wrap(first)
         self.interval = _Interval(self.step)
@@ -357,6 +380,7 @@ class _Loop:
         self.interval.indices.append(self.indices)
         self.step += 1
         self._between_steps()
+        self._look()
 
     def _update(self, clock: Clock) -> Tensor | None:
         """Everything after backward; the gradient norm where it is clipped."""
@@ -434,6 +458,15 @@ class _Loop:
             self.display.say(f"{self.display.prefix(self.name)}step {self.step}, evaluation: {numbers}")
             if best and self.run:
                 write_checked(self.run.checkpoints / "best.pt", {"step": self.step, "method": self._trained_state()})
+
+    def _look(self) -> None:
+        """Lets `look` see the method, where this is one of its moments."""
+        if self.look is None or self.step not in self.moments:
+            return
+        self.method.eval()
+        with self._pause(), torch.no_grad():
+            self.look(self.method, self.step)
+        self.method.train()
 
     def save(self) -> None:
         """Writes a checkpoint, unless anything in it is not finite."""
@@ -564,7 +597,7 @@ class _Loop:
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
-        """Keeps saving and judging out of the measured speed."""
+        """Keeps saving, judging and looking out of the measured speed."""
         before = perf_counter()
         yield
         self.interval.began += perf_counter() - before
