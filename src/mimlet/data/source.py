@@ -32,6 +32,9 @@ from mimlet.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Paths = str | Path | Sequence[str | Path]
+"""Where images are: one path or several."""
+
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 _ROW_GROUP_MEMORY = 128 * 2**20
@@ -65,6 +68,11 @@ class Source(Protocol):
     def describe(self) -> str:
         """One line with the number of images."""
         ...
+
+
+def path_list(given: Paths) -> list[str]:
+    """One path or several, as a list."""
+    return [str(path) for path in ([given] if isinstance(given, str | Path) else given)]
 
 
 def open_source(
