@@ -15,7 +15,19 @@ from mimlet.cli import app, main
 from mimlet.config import recipe_paths, validate
 from mimlet.errors import DataError, TrainingStopped
 
-VERBS = ["pretrain", "finetune", "compare", "probe", "evaluate", "export", "report", "recipes", "demo"]
+VERBS = [
+    "pretrain",
+    "finetune",
+    "compare",
+    "probe",
+    "evaluate",
+    "analyse",
+    "diagnose",
+    "export",
+    "report",
+    "recipes",
+    "demo",
+]
 SCRIPT = "import sys; from mimlet.cli import main; code = main(); assert 'torch' not in sys.modules; sys.exit(code)"
 
 
@@ -247,7 +259,7 @@ def test_the_other_verbs_hand_on_what_they_are_given(place: Path, api: Recorder)
     probe["overrides"] = ["data.subset=5"]
     assert api.calls == [
         ("probe", ("runs/tiny",), probe),
-        ("evaluate", ("runs/tiny",), {"data": [], "out": None}),
+        ("evaluate", ("runs/tiny",), {"data": [], "robustness": [], "out": None}),
         ("export", ("runs/tiny",), {"to": "out", "form": "timm"}),
         ("report", (["runs/tiny", "runs/tiny"],), {"out": "page.html"}),
         ("demo", (), {"data": "photos", "out": None, "seed": 3, "quick": False}),

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mimlet.analyse.verbs import analyse, diagnose
     from mimlet.api import compare, demo, evaluate, export, finetune, pretrain, probe, report, sweep, train
     from mimlet.config import Config, load_config
     from mimlet.errors import UserError
@@ -27,8 +28,10 @@ __all__ = [
     "Taps",
     "Teacher",
     "UserError",
+    "analyse",
     "compare",
     "demo",
+    "diagnose",
     "evaluate",
     "export",
     "finetune",
@@ -48,13 +51,16 @@ _ELSEWHERE = {
     "Taps": "mimlet.models.features",
     "Teacher": "mimlet.models.teacher",
     "UserError": "mimlet.errors",
+    "analyse": "mimlet.analyse.verbs",
+    "diagnose": "mimlet.analyse.verbs",
     "load": "mimlet.models.weights",
     "load_config": "mimlet.config",
 }
 
 
 class _Package(ModuleType):
-    """Importing the module `mimlet.report` must not hide the function of that name (`demo` and `export` neither)."""
+    """Importing the module `mimlet.report` must not hide the function of that name (`analyse`, `demo` and
+    `export` neither)."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from mimlet.analyse.diagnose import read_findings
+from mimlet.analyse.results import ANALYSIS_FOLDER
 from mimlet.atomic import write_atomic
 from mimlet.config import OPTIONS, PYTHON, Config, load_config, merge, nest, read_recipe, set_length, sweep_points
 from mimlet.data.augment import evaluation_transform
 from mimlet.data.batch import Batch
+from mimlet.data.corruptions import SEVERITIES, Corrupted, published_side
 from mimlet.data.dataset import ImageDataset
 from mimlet.data.joint import JointDataset
 from mimlet.data.loader import evaluation_batches, steps_per_epoch, training_batches
 from mimlet.data.seeding import key
-from mimlet.data.source import Source, open_source
+from mimlet.data.source import Paths, Source, open_source, path_list
 from mimlet.data.subset import choose
 from mimlet.demo import demo
 from mimlet.errors import ConfigError, DataError, RunError, WeightsError
@@ -39,26 +39,38 @@ from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
 from mimlet.models.teacher import Teachers
 from mimlet.models.vit import ViT
-from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, LoadReport, load
-from mimlet.report import Picture, reconstruction_grid, write_report
-from mimlet.run import RunFolder, read_run
+from mimlet.models.weights import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    LoadReport,
+    load,
+    open_checkpoint,
+    shape_of_checkpoint,
+)
+from mimlet.report import Picture, film, reconstruction_grid, write_report
+from mimlet.run import FIXED, RunFolder, read_pictures, read_run
+from mimlet.tables import print_table, write_csv
 from mimlet.tasks.classify import Classify
 from mimlet.tasks.heads import head_losses
 from mimlet.tasks.metrics import Scores, evaluate_classifier
 from mimlet.tasks.probe import Labelled, extract_features, knn_probe, logistic_probe
+from mimlet.tasks.robustness import (
+    ROBUSTNESS_FILE,
+    VIEWS_MEMORY,
+    Robustness,
+    ShiftedScores,
+    judge_views,
+    open_shifted,
+)
+from mimlet.tasks.shifts import parse_shifts
 from mimlet.train.distributed import make_fabric
-from mimlet.train.loop import FitResult, Job, fit_together
+from mimlet.train.loop import Evaluate, FitResult, Job, fit_together
+from mimlet.train.watch import SHOWN, EncoderJudge, Reconstructions
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 __all__ = ["compare", "demo", "evaluate", "export", "finetune", "pretrain", "probe", "report", "sweep", "train"]
-
-Paths = str | Path | Sequence[str | Path]
-"""Where images are: one path or several."""
-
-SHOWN = 8
-"""Training images whose reconstruction a run shows."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +171,10 @@ def _train_together(
         for training in trainings:
             run = None
             if fabric.is_global_zero:
-                run = training.open(resume, allow_changes, shlex.split(command))
-                runs.callback(run.close)
-            evaluate = training.evaluate if training.judge_source else None
-            jobs.append(Job(training.method, training.config, run, evaluate))
+                run = runs.enter_context(training.open(resume, allow_changes, shlex.split(command)))
+            look = training.look if run else None
+            start = training.encoder_judge is not None
+            jobs.append(Job(training.method, training.config, run, training.evaluate, start, look))
         if len(configs) > 1:
             teachers.forget()
         results = fit_together(
@@ -202,11 +214,18 @@ class _Training:
         entry, data = METHODS[config.method.name], config.data
         indices = choose(source.labels, data.subset, data.subset_seed, map(source.name, range(len(source))))
         say(source.describe() + (f"; {len(indices):,} of them used (subset {data.subset})" if data.subset else ""))
+        self.evaluate: Evaluate | None = None
+        self.encoder_judge: EncoderJudge | None = None
         self.judge_source: Source | None = None
-        if data.eval:
+        if data.labelled:
+            workers = loader_workers(config.speed.workers, fabric)
+            self.evaluate = self.encoder_judge = EncoderJudge(config, fabric, workers, say)
+        elif data.eval:
             self.judge_source = open_source(data.eval, labelled=True, index=data.index, classes=source.classes)
+            self.evaluate = self._judge_labels
             say(f"judged on {self.judge_source.describe()}")
         self.scores: Scores | None = None
+        self.run: RunFolder | None = None
 
         torch.manual_seed(key("init", config.seed))
         self.method = entry.load().build(config, len(source.classes) if entry.labels else 0, teachers)
@@ -216,16 +235,24 @@ class _Training:
             say(str(report))
         transform = self.method.transform(data.augment, config.encoder.image_size)
         self.dataset = ImageDataset(source, transform, self.method.masks(), seed=config.seed, indices=indices)
+        self.reconstructions = Reconstructions(config, self.dataset, fabric)
 
     def open(self, resume: bool, allow_changes: bool, command: list[str]) -> RunFolder:
         """Makes or reopens the run folder."""
-        run = RunFolder.create(self.folder, self.config, resume=resume, allow_changes=allow_changes, command=command)
+        self.run = RunFolder.create(
+            self.folder, self.config, resume=resume, allow_changes=allow_changes, command=command
+        )
         if self.loaded:
             text = json.dumps([asdict(report) for report in self.loaded], indent=2) + "\n"
             write_atomic(self.folder / "loaded.json", text)
-        return run
+        return self.run
 
-    def evaluate(self, task: Method) -> dict[str, float]:
+    def look(self, method: Method, step: int) -> None:
+        """Keeps what the method makes of fixed images."""
+        assert self.run is not None
+        self.reconstructions.keep(method, step, self.run)
+
+    def _judge_labels(self, task: Method) -> dict[str, float]:
         """Judges the method on `data.eval`."""
         assert isinstance(task, Task)
         assert self.judge_source is not None
@@ -238,9 +265,20 @@ class _Training:
         return self.scores.summary()
 
     def finish(self, result: FitResult) -> None:
-        """Leaves what a finished run leaves."""
-        _finish(self.method, self.config, self.folder, self.source, self.dataset, self.scores, self.fabric)
-        self.say(_closing(self.folder, result))
+        """Leaves what a finished run leaves: the exported model, pictures, results per class, the page."""
+        assert self.run is not None
+        folder, augment = self.folder, self.config.data.augment
+        _export(self.method, self.config, folder, self.source.classes)
+        if self.scores is not None:
+            self.run.image("confusion", result.steps, _write_scores(folder, self.scores, self.source.classes))
+        if rows := self.reconstructions.rows(self.method):
+            picture = reconstruction_grid(*rows.values(), mean=augment.mean, std=augment.std, columns=SHOWN)
+            write_atomic(folder / "reconstruction.png", picture)
+            if not self.config.run.pictures:
+                self.run.image("reconstruction", result.steps, picture)
+        if self.config.run.report:
+            run_page([folder], folder / "report.html")
+        self.say(_closing(folder, result, METHODS[self.config.method.name].labels))
 
 
 def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
@@ -251,7 +289,8 @@ def pretrain(recipe: str = "mae_tiny", **options: object) -> TrainResult:
 def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
     """Trains a classifier.
 
-    Options are those of the command line, such as `data` and `eval` (a path or several), `teacher` (for `pretrain` also
+    Options are those of the command line, such as `data` and `eval` (a path or several; for `pretrain` also `labelled`,
+    by which the encoder is judged), `teacher` (for `pretrain` also
     a module of your own), `encoder` (weights to start from), `epochs`, `batch`, `out`, `resume`, `allow_changes`; and
     any setting with its dots as double underscores: `optim__clip=1.0`.
     """
@@ -277,8 +316,8 @@ def sweep(config: Config, *, command: str = "") -> list[dict[str, object]]:
         judged = read_run(folder).lines("eval")
         rows.append({**tried, **({k: v for k, v in judged[-1].items() if k in ("top1", "top5")} if judged else {})})
     rows.sort(key=lambda row: -cast(float, row.get("top1", 0.0)))
-    _print_table("sweep", rows)
-    _write_csv(Path(config.run.out) / "sweep.csv", rows)
+    print_table("sweep", rows)
+    write_csv(Path(config.run.out) / "sweep.csv", rows)
     return rows
 
 
@@ -299,7 +338,7 @@ def probe(
     (from 1; 0: the last), as `head_1`, ... beside `top1`.
     """
     settings = read_run(run).config
-    data, eval = _paths(data), _paths(eval)
+    data, eval = path_list(data), path_list(eval)
     if layer and kind != "heads":
         raise ConfigError(f"probe --kind {kind} judges the whole encoder; --layer {layer} is for --kind heads")
     if kind == "linear":
@@ -335,13 +374,21 @@ def probe(
         result = (logistic_probe if kind == "quick" else knn_probe)(train_part, test_part)
         rows = [{"probe": kind, "train": len(train_part[0]), "test": len(test_part[0]), **result}]
         title = f"{run}"
-    _print_table(title, rows)
-    _write_csv(Path(out or run) / f"probe_{kind}.csv", rows)
+    print_table(title, rows)
+    write_csv(Path(out or run) / f"probe_{kind}.csv", rows)
     return result
 
 
-def evaluate(run: str | Path, *, data: Paths = (), out: str | None = None) -> dict[str, float]:
-    """Judges a classifier: prints top-1 and top-5, writes results per class and a confusion picture."""
+def evaluate(
+    run: str | Path, *, data: Paths = (), robustness: str | Sequence[str] = (), out: str | None = None
+) -> dict[str, float]:
+    """Judges a classifier: prints top-1 and top-5, writes results per class and a confusion picture.
+
+    `robustness`: shifted sets as NAME=PATH, and `corruptions` of `data`, as on the command line. They leave
+    robustness.json, .csv and .png and add NAME_top1, corruptions_top1 and mce to the result (see
+    `mimlet.tasks.robustness`). Sets can be judged without `data`.
+    """
+    shifts = parse_shifts([robustness] if isinstance(robustness, str) else robustness)
     model = load(run)
     if not isinstance(model, Classifier):
         raise WeightsError(
@@ -349,20 +396,47 @@ def evaluate(run: str | Path, *, data: Paths = (), out: str | None = None) -> di
             "or use mimlet probe"
         )
     config = read_run(run).config
-    paths = _paths(data) or config.data.eval
-    if not paths:
+    paths = path_list(data) or config.data.eval
+    if shifts.corruptions and not paths:
+        raise DataError("no images to corrupt: give --data (one folder per class)")
+    if not (paths or shifts.sets):
         raise DataError("no images to judge on: give --data (one folder per class)")
-    classes = list(model.names)
-    source = open_source(paths, labelled=True, classes=classes)
+    classes, folder = list(model.names), Path(out or run)
+    source = open_source(paths, labelled=True, classes=classes) if paths else None
+    shifted = {name: open_shifted(name, path, classes) for name, path in shifts.sets.items()}
     fabric = make_fabric(config.speed.model_copy(update={"devices": 1}))
     model.to(fabric.device).eval()
+    clean: Scores | None = None
+    parts: dict[str, Scores] = {}
+    corrupted: dict[str, float] = {}
     with torch.no_grad():
-        scores = _judge(model, source, config, len(classes), fabric, loader_workers(config.speed.workers, fabric))
-    folder = Path(out or run)
-    _write_scores(folder, scores, classes)
-    _print_table(f"{run} on {source.describe()}{_left_out(source, scores)}", [dict(scores.summary())])
-    sys.stdout.write(f"per class: {folder / 'per_class.csv'}, confusion: {folder / 'confusion.png'}\n")
-    return scores.summary()
+        if source is not None:
+            subsets = {name: each.kept for name, each in shifted.items()}
+            clean, parts, corrupted = _judge_views(model, source, config, classes, shifts.corruptions, subsets, fabric)
+            _write_scores(folder, clean, classes)
+            print_table(f"{run} on {source.describe()}{_left_out(source, clean)}", [dict(clean.summary())])
+            sys.stdout.write(f"per class: {folder / 'per_class.csv'}, confusion: {folder / 'confusion.png'}\n")
+        sets = []
+        for name, each in shifted.items():
+            workers = loader_workers(config.speed.workers, fabric)
+            scores = _judge(each.among(model), each.source, config, len(each.kept), fabric, workers)
+            sets.append(ShiftedScores.of(name, scores, parts.get(name)))
+    summary = clean.summary() if clean else {}
+    if not (sets or corrupted):
+        return summary
+    comparable = len(classes) == 1000 and published_side(config.encoder.image_size) == 224
+    found = Robustness.of(clean, sets, corrupted, comparable)
+    found.write(folder)
+    if found.sets:
+        rows = [{name: "" if value is None else value for name, value in asdict(each).items()} for each in found.sets]
+        print_table("shifted sets, judged among their own classes", rows)
+    if found.corruptions:
+        print_table(found.headline, found.table)
+    sys.stdout.write(f"robustness: {folder / ROBUSTNESS_FILE}, robustness.csv, robustness.png\n")
+    page = folder / "report.html"
+    if folder.resolve() == Path(run).resolve() and page.is_file():
+        run_page([folder], page)
+    return {**summary, **found.summary()}
 
 
 def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"] = "timm") -> Path:
@@ -385,20 +459,23 @@ def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"
 def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path:
     """Writes a self-contained page about one run, or comparing several."""
     paths = [Path(run) for run in runs]
-    page = _write_page(paths, Path(out) if out else paths[0] / "report.html")
+    page = run_page(paths, Path(out) if out else paths[0] / "report.html")
     sys.stdout.write(f"{page}\n")
     return page
 
 
 def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
     """The pictures that a run has left in its folder."""
+    how = (
+        "Hidden patches are predicted, visible ones are the original; with two views, each patch is from the one "
+        "that hides it. "
+        "With normalised-pixel targets a patch's own mean and contrast are put back."
+    )
     known = {
         "reconstruction.png": (
             "Reconstruction",
             "Rows of training images: the original, what the decoder is shown of it, and what it makes of that",
-            "Hidden patches are predicted, visible ones are the original; with two views, each patch is from the one "
-            "that hides it. "
-            "With normalised-pixel targets a patch's own mean and contrast are put back.",
+            how,
         ),
         "confusion.png": (
             "Confusion",
@@ -406,7 +483,16 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
             "Rows are true classes; each sums to 100 %.",
         ),
     }
-    return [
+    pictures, rows = [], read_pictures(folder)
+    if len(rows.keys() - set(FIXED)) > 1:
+        del known["reconstruction.png"]
+        title = f"{prefix}Reconstruction as training goes"
+        alt = (
+            "Rows of the same training images: the original, what the decoder is shown of it, and what it makes of "
+            f"that, from {next(name for name in rows if name not in FIXED)} to {next(reversed(rows))}"
+        )
+        pictures.append(Picture(title, film(rows), alt, how))
+    return pictures + [
         Picture(prefix + title, (folder / name).read_bytes(), alt, caption)
         for name, (title, alt, caption) in known.items()
         if (folder / name).is_file()
@@ -442,14 +528,10 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
     merge(values, nest("run.out", str(options.pop("out", f"runs/{Path(recipe).stem}"))))
     for option, value in options.items():
         dotted = OPTIONS.get(option, option.replace("__", "."))
-        if dotted in ("data.path", "data.eval"):
-            value = _paths(cast(Paths, value))
+        if dotted in ("data.path", "data.eval", "data.labelled"):
+            value = path_list(cast(Paths, value))
         merge(values, nest(dotted, str(value) if isinstance(value, Path) else value))
     return train(load_config(values), resume=resume, allow_changes=allow_changes, teacher=module)
-
-
-def _paths(given: Paths) -> list[str]:
-    return [str(path) for path in ([given] if isinstance(given, str | Path) else given)]
 
 
 def _judge(
@@ -469,27 +551,38 @@ def _judge(
     return evaluate_classifier(predict, batches, fabric.device, augment.mean, augment.std, classes)
 
 
+def _judge_views(
+    model: Classifier,
+    source: Source,
+    config: Config,
+    classes: Sequence[str],
+    corruptions: Sequence[str],
+    subsets: Mapping[str, torch.Tensor],
+    fabric: Fabric,
+) -> tuple[Scores, dict[str, Scores], dict[str, float]]:
+    """See `judge_views`. Images are read once and judged as they are and with every corruption."""
+    augment, size = config.data.augment, config.encoder.image_size
+    dataset = ImageDataset(source, Corrupted(evaluation_transform(augment, size), tuple(corruptions)), train=False)
+    bytes_each = (1 + SEVERITIES * len(corruptions)) * 3 * size**2
+    batch = max(1, min(256, config.schedule.batch, VIEWS_MEMORY // bytes_each))
+    batches = evaluation_batches(dataset, batch=batch, workers=loader_workers(config.speed.workers, fabric))
+    total = -(-len(dataset) // batch)
+    return judge_views(model, batches, fabric.device, augment.mean, augment.std, len(classes), subsets, total)
+
+
 def _left_out(source: Source, scores: Scores) -> str:
     """Ends a sentence about the images judged on."""
     count = len(source) - scores.images
     return f"; {count:,} of them could not be read, left out" if count else ""
 
 
-def _finish(
-    method: Method,
-    config: Config,
-    folder: Path,
-    source: Source,
-    dataset: ImageDataset,
-    scores: Scores | None,
-    fabric: Fabric,
-) -> None:
-    """What a finished run leaves: the exported model, pictures, results per class, the page."""
+def _export(method: Method, config: Config, folder: Path, classes: Sequence[str]) -> None:
+    """Writes the trained model under timm's names."""
     augment = config.data.augment
     info = {"method": config.method.name, "title": config.title, **method.info}
     if isinstance(method, Classify):
-        classes = source.classes or [str(i) for i in range(method.classes)]
-        export_classifier(folder, method, classes=classes, mean=augment.mean, std=augment.std, info=info)
+        names = list(classes) or [str(i) for i in range(method.classes)]
+        export_classifier(folder, method, classes=names, mean=augment.mean, std=augment.std, info=info)
     else:
         assert isinstance(method.encoder, ViT)
         decoder = getattr(method, "decoder", None)
@@ -502,62 +595,50 @@ def _finish(
             normalised=bool(getattr(method, "normalise", True)),
             info=info,
         )
-    if scores is not None:
-        _write_scores(folder, scores, source.classes)
-    picture = _reconstructions(method, config, dataset, fabric)
-    if picture:
-        write_atomic(folder / "reconstruction.png", picture)
-    if config.run.report:
-        _write_page([folder], folder / "report.html")
 
 
-def _write_page(runs: Sequence[Path], out: Path) -> Path:
-    """The page about one run, with the code that uses its model, or about several."""
+def run_page(runs: Sequence[Path], out: Path) -> Path:
+    """Writes the page about one run, with the code that uses its model, or about several."""
     alone = len(runs) == 1
     return write_report(
         runs,
         out,
         title=runs[0].name if alone else f"{len(runs)} runs compared",
         pictures=[picture for run in runs for picture in run_pictures(run, "" if alone else f"{run.name}: ")],
+        findings=read_findings(runs[0] / ANALYSIS_FOLDER) if alone else (),
         snippet=snippet(runs[0]) if alone and (runs[0] / DESCRIPTION_FILE).is_file() else "",
     )
-
-
-@torch.no_grad()
-def _reconstructions(method: Method, config: Config, dataset: ImageDataset, fabric: Fabric) -> bytes | None:
-    """What the method makes of a few fixed training images; None for methods that show nothing."""
-    augment = config.data.augment
-    shown = ImageDataset(
-        dataset.source,
-        evaluation_transform(augment, config.encoder.image_size),
-        dataset.samplers,
-        seed=config.seed,
-        indices=dataset.indices,
-    )
-    spread = range(0, len(shown), max(1, len(shown) // SHOWN))
-    samples = [shown[0, i] for i in itertools.islice(spread, SHOWN)]
-    batch = shown.collate(samples)
-    if isinstance(batch, DataError):
-        return None
-    with fabric.autocast():
-        pictures = method.pictures(batch.prepare(fabric.device, augment.mean, augment.std))
-    if not pictures:
-        return None
-    rows = [pictures[name].float().cpu() for name in ("original", "masked", "reconstruction")]
-    return reconstruction_grid(*rows, mean=augment.mean, std=augment.std, columns=SHOWN)
 
 
 def _linear_probe(
     run: Path, settings: Config, data: Sequence[str], eval: Sequence[str], out: str | None, overrides: Sequence[str]
 ) -> dict[str, float]:
-    values = read_recipe("linear_probe")
-    encoder = settings.encoder.model_dump(exclude={"weights", "keep_blocks", "drop_path"})
-    merge(values, {"encoder": {**encoder, "weights": str(run)}, "data": {"path": list(data), "eval": list(eval)}})
-    merge(values, {"run": {"out": out or str(run / "probe_linear")}, "speed": settings.speed.model_dump()})
+    more = {"run": {"out": out or str(run / "probe_linear")}, "speed": settings.speed.model_dump()}
+    return train(task_config("linear_probe", str(run), data, eval, overrides, more)).fit.evaluation
+
+
+def task_config(
+    recipe: str,
+    weights: str,
+    data: Sequence[str],
+    eval: Sequence[str],
+    overrides: Sequence[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
+    """A recipe with labels, fitted to the encoder in `weights` and, in its batch, to few images. `more` settings are
+    merged over it, then `overrides`.
+    """
+    values = read_recipe(recipe)
+    shape = asdict(shape_of_checkpoint(open_checkpoint(weights)))
+    del shape["distillation_token"]
+    if (Path(weights) / "config.json").is_file():
+        shape["name"] = read_run(weights).config.encoder.name
+    merge(values, {"encoder": {**shape, "weights": weights}, "data": {"path": list(data), "eval": list(eval)}})
+    merge(values, more)
     images = len(open_source(data, labelled=True))
     if values["schedule"]["batch"] > images:
         values["schedule"]["batch"] = 1 << (max(1, images).bit_length() - 1)
-    return train(load_config(values, overrides)).fit.evaluation
+    return load_config(values, overrides)
 
 
 def _encoder_of(model: nn.Module) -> ViT:
@@ -566,30 +647,12 @@ def _encoder_of(model: nn.Module) -> ViT:
     return encoder
 
 
-def _write_scores(folder: Path, scores: Scores, classes: Sequence[str]) -> None:
+def _write_scores(folder: Path, scores: Scores, classes: Sequence[str]) -> bytes:
+    """Results per class and the confusion picture, which comes back."""
+    picture = folder / "confusion.png"
     scores.write_per_class(folder / "per_class.csv", classes)
-    scores.confusion_picture(folder / "confusion.png", classes)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-def _print_table(title: str, rows: Sequence[dict[str, object]]) -> None:
-    console, table = Console(highlight=False), Table()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(
-            *(f"{value:.2f}" if isinstance(value := row.get(name, ""), float) else str(value) for name in names)
-        )
-    console.print(title, markup=False, soft_wrap=True)
-    console.print(table)
+    scores.confusion_picture(picture, classes)
+    return picture.read_bytes()
 
 
 def _teller(fabric: Fabric) -> Callable[[str], None]:
@@ -604,8 +667,10 @@ def _teller(fabric: Fabric) -> Callable[[str], None]:
     return say
 
 
-def _closing(folder: Path, result: FitResult) -> str:
-    numbers = result.evaluation or {f"{name} loss": value for name, value in result.losses.items() if name != "total"}
+def _closing(folder: Path, result: FitResult, labels: bool) -> str:
+    """Of a training with labels what it is worth; of another one its losses, too."""
+    losses = {f"{name} loss": value for name, value in result.losses.items() if name != "total"}
+    numbers = result.evaluation if labels and result.evaluation else losses | result.evaluation
     judged = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     took = f"done after {result.steps:,} steps, {result.seconds:.0f} s"
     return f"{took}{'; ' + judged if judged else ''}. Model and report: {folder}"

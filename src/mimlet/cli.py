@@ -33,6 +33,7 @@ from mimlet.config import (
 from mimlet.config import merge as merge_settings
 from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped, UserError
 from mimlet.methods.settings import METHODS
+from mimlet.tasks.shifts import parse_shifts
 
 ERROR_LINES = 5
 DEFAULT_RECIPES = {"pretrain": "mae_tiny", "finetune": "classify_tiny"}
@@ -55,6 +56,14 @@ Data = Annotated[
     ),
 ]
 Eval = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Labelled images to judge on. Can be repeated.")]
+Labelled = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH",
+        help="Labelled images by which the encoder is judged in training: on --eval, or on a fifth of them. "
+        "Can be repeated.",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -122,6 +131,8 @@ def pretrain(
     overrides: Overrides = None,
     recipe: Recipe = None,
     data: Data = None,
+    labelled: Labelled = None,
+    eval: Eval = None,
     teacher: TeacherPath = None,
     teacher_heads: TeacherHeads = None,
     encoder: EncoderPath = None,
@@ -188,6 +199,7 @@ def compare(
         ),
     ],
     data: Data = None,
+    labelled: Labelled = None,
     eval: Eval = None,
     teacher: TeacherPath = None,
     teacher_heads: TeacherHeads = None,
@@ -240,14 +252,107 @@ def probe(
 def evaluate(
     run: Run,
     data: Data = None,
+    robustness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A shifted set: imagenet-a, -r, -sketch or -v2, or any name for one of yours with the same class "
+            "names; or corruptions (of --data), or some of them: corruptions=fog,contrast. Can be repeated.",
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where results go. Default: into the run.")] = None,
 ) -> None:
-    """Judge a classifier: top-1, top-5, confusion picture."""
+    """Judge a classifier: top-1, top-5, confusion picture; its robustness."""
     _check_run(run)
     _check_paths("--data", data, needed=False)
+    _check_paths("--robustness", list(parse_shifts(robustness or []).sets.values()), needed=False)
     from mimlet import api
 
-    api.evaluate(run, data=data or [], out=out)
+    api.evaluate(run, data=data or [], robustness=robustness or [], out=out)
+
+
+@app.command()
+def analyse(
+    context: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run folders, checkpoint files, timm:NAME or transformers:NAME; and any SECTION.KEY=VALUE for the "
+            "fine-tuning of --leading.",
+        ),
+    ],
+    data: Data = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Default: `analysis` in the run, if there is one; else ./analysis."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,...",
+            help="Of cka (similarity of layers), attention (distance and entropy), health (of features), maps (of "
+            "attention, and reconstructions).",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(metavar="N", help="Images to look at, at most.")] = 1152,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images per minibatch of CKA.")] = 128,
+    order: Annotated[Literal["random", "folder"], typer.Option(help="A seeded sample, or the first files.")] = "random",
+    seed: Annotated[int, typer.Option(metavar="N", help="Another seed is another sample.")] = 0,
+    upstream: Annotated[
+        bool, typer.Option("--upstream", help="As MAE-lite's released code: first files, fresh last norm, its unit.")
+    ] = False,
+    shown: Annotated[int, typer.Option(metavar="N", min=1, help="Images in pictures.")] = 6,
+    block: Annotated[int, typer.Option(metavar="N", min=0, help="Block of attention maps. Default: the last.")] = 0,
+    query: Annotated[
+        str | None,
+        typer.Option(metavar="ROW,COLUMN", help="Maps of this patch (from 0,0) in place of the class token."),
+    ] = None,
+    mask_ratio: Annotated[float, typer.Option(metavar="X", help="Share of patches to reconstruct.")] = 0.75,
+    labelled: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Labelled images: a classifier on every layer learns them.")
+    ] = None,
+    eval: Eval = None,
+    leading: Annotated[
+        str | None,
+        typer.Option(metavar="K,K,...", help="Fine-tune with so many leading blocks kept, on --labelled and --eval."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="How --leading fine-tunes.")] = "classify_tiny",
+    heads: Annotated[int, typer.Option(metavar="N", help="Head count, where a file does not tell.")] = 0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Loader processes. Default: as for training.")] = -1,
+) -> None:
+    """Look inside encoders: CKA, attention, health of features, maps; one page."""
+    _analyse(context.params, context.obj)
+
+
+@app.command()
+def diagnose(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint file, timm:NAME, ...")],
+    data: Data = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="An encoder that it is to be like, such as a supervised one.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Labelled images that it is to be fine-tuned on.")
+    ] = None,
+    labelled: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Labelled images for a probe of every layer, with --eval.")
+    ] = None,
+    eval: Eval = None,
+    images: Annotated[int, typer.Option(metavar="N", help="Images to look at, at most.")] = 1152,
+    heads: Annotated[int, typer.Option(metavar="N", help="Head count, where a file does not tell.")] = 0,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Default: `analysis` in the run.")] = None,
+) -> None:
+    """Say in plain words what an encoder lacks and which recipe to try, with the numbers behind it."""
+    options = dict(context.params)
+    _check_models([model, *([reference] if reference else [])])
+    for name in ("data", "target", "labelled", "eval"):
+        _check_paths(f"--{name}", options[name], needed=False)
+        options[name] = options[name] or []
+    from mimlet.analyse import verbs
+
+    verbs.diagnose(options.pop("model"), **options, command=context.obj)
 
 
 @app.command()
@@ -371,6 +476,49 @@ def _compare(options: Mapping[str, Any], command: str) -> None:
     results = api.compare(configs, resume=resume, allow_changes=allow_changes, command=command)
     if len(results) == len(configs):
         api.report([result.folder for result in results], out=f"{options['out']}/report.html")
+
+
+def _analyse(options: Mapping[str, Any], command: str) -> None:
+    """Words -> models and settings, pairs and lists of numbers -> checks -> analysis."""
+    options = dict(options)
+    given = options.pop("models")
+    models = [text for text in given if not _is_setting(text)]
+    _check_models(models)
+    _check_paths("--data", options["data"], needed=True)
+    for name in ("labelled", "eval"):
+        _check_paths(f"--{name}", options[name], needed=False)
+        options[name] = options[name] or []
+    query, leading = (_numbers(f"--{name}", options[name]) for name in ("query", "leading"))
+    if query and len(query) != 2:
+        raise ConfigError(f"--query is {options['query']}; expected ROW,COLUMN of a patch, such as 7,3")
+    options.update(query=tuple(query) or None, leading=leading, overrides=[text for text in given if _is_setting(text)])
+    if only := options.pop("only"):
+        options["only"] = only.split(",")
+    from mimlet.analyse import verbs
+
+    verbs.analyse(models, **options, command=command)
+
+
+def _is_setting(text: str) -> bool:
+    """SECTION.KEY=VALUE, and no path that happens to have an equals sign."""
+    return "=" in text and not Path(text).exists()
+
+
+def _check_models(models: Sequence[str]) -> None:
+    """Named, and there where they are paths."""
+    if not models:
+        raise ConfigError("no model to look at: give a run folder, a weights file, timm:NAME or transformers:NAME")
+    for model in models:
+        if not model.startswith(("timm:", "transformers:")) and not Path(model).exists():
+            raise RunError(missing_path(model))
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """0,2,4 -> [0, 2, 4]."""
+    try:
+        return [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        raise ConfigError(f"{option} is {text}; expected whole numbers with commas, such as 0,2,4") from None
 
 
 def _configure(verb: str, options: Mapping[str, Any]) -> Config:

@@ -94,6 +94,8 @@ def measure(
     whatever the number of images.
     """
     watchers = [_Watcher(subject, what) for subject in subjects]
+    if what == Measures(False, False, False):
+        return [watcher.findings() for watcher in watchers], []
     cka = MinibatchCKA() if what.cka else None
     seen = 0
     total = -(-len(dataset) // batch)

@@ -11,6 +11,8 @@ from mimlet.atomic import write_atomic
 from mimlet.errors import RunError
 
 ANALYSIS_FILE = "analysis.json"
+ANALYSIS_FOLDER = "analysis"
+"""Where a run keeps the analysis of its encoder."""
 
 Order = Literal["random", "folder"]
 """Which images are looked at: a seeded sample, or the first ones in the order of files (as MAE-lite's code does)."""

@@ -1,0 +1,234 @@
+"""What an encoder attends to, and what its decoder makes of hidden patches, shown on real images."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mimlet.analyse.results import Shot
+from mimlet.analyse.subject import Subject
+from mimlet.data.batch import Batch
+from mimlet.data.masks import RandomMasking
+from mimlet.data.seeding import key
+from mimlet.errors import ConfigError, WeightsError
+from mimlet.methods.mae import reconstruction_pictures
+from mimlet.models.features import Taps
+from mimlet.models.vit import ViT
+from mimlet.models.weights import Checkpoint, fill_encoder, load_decoder, open_checkpoint, shape_of_checkpoint
+from mimlet.report.figures import CELL, GAP, INK, LABEL, reconstruction_grid
+
+COLOURS = "inferno"
+UNDER = 20
+"""Room for a number under a map."""
+OPAQUE = 0.85
+"""How much of the image the strongest attention covers."""
+GREY = (30, 0.5)
+"""Brightness of the image below a map: this plus a share of its own."""
+
+Query = tuple[int, int]
+"""(row, column) of a patch, from 0 at the top left."""
+
+
+def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Query | None = None) -> Tensor:
+    """Share of a query's attention that each patch receives, per head: [B,H,rows,columns] of images [B,3,S,S] uint8.
+
+    The query is the class token, or the patch `query`; without class token and `query`, the mean over all patches as
+    queries. `block`: from 1; 0: the last. As in DINO's pictures (Caron et al. 2021), the softmax is over all keys, and
+    the class token's share is left out afterwards: a map sums to what the patches receive, at most 1. Distillation and
+    register tokens are not among the keys, which multiplies a whole map by one factor.
+
+    Raises `ConfigError` where there is no such block or patch, or where the attention cannot be seen.
+    """
+    if not subject.sees_attention:
+        raise ConfigError(
+            f"the attention of {subject.label} cannot be seen: its blocks do not call torch's "
+            "scaled_dot_product_attention once on all tokens; leave its attention maps out"
+        )
+    if not 0 <= block <= subject.depth:
+        raise ConfigError(f"{subject.label} has blocks 1 to {subject.depth} (0: the last), and no block {block}")
+    number = block or subject.depth
+    features = subject.features(images, Taps(attention=(number,), tokens=False))
+    logits, (rows, columns) = features.attention[number].float(), features.grid
+    if query is not None:
+        row, column = query
+        if not (0 <= row < rows and 0 <= column < columns):
+            raise ConfigError(
+                f"no patch {row},{column} (row, column) in {subject.label}, which has {rows} x {columns} patches; "
+                f"expected rows 0 to {rows - 1} and columns 0 to {columns - 1}"
+            )
+        place = features.prefix + row * columns + column
+        logits = logits[:, :, place : place + 1]
+    elif features.prefix:
+        logits = logits[:, :, :1]
+    shares = logits.softmax(dim=-1).mean(dim=2)[..., features.prefix :]
+    return shares.reshape(*shares.shape[:2], rows, columns).cpu()
+
+
+def attention_picture(
+    subject: Subject, images: Tensor, *, block: int = 0, query: Query | None = None
+) -> tuple[Shot, bytes]:
+    """A PNG of `attention_maps` over images [B,3,S,S] uint8: a row per image, which shows the image, the mean over
+    heads and every head.
+
+    A map goes from 0 to its own largest share, which stands under it; the query patch has a frame.
+    """
+    maps = attention_maps(subject, images, block=block, query=query)
+    number, (rows, columns) = block or subject.depth, maps.shape[-2:]
+    maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)
+    shown = images.permute(0, 2, 3, 1).cpu().numpy()
+    side = _cell(shown.shape[1])
+    step, line = side + GAP, side + UNDER
+    titles = ["image", "mean", *(f"head {head}" for head in range(1, maps.shape[1]))]
+    canvas = Image.new("RGBA", (len(titles) * step - GAP, LABEL + len(shown) * line))
+    draw = ImageDraw.Draw(canvas)
+
+    def write(text: str, column: int, middle: float, size: int) -> None:
+        draw.text((column * step + side / 2, middle), text, INK, ImageFont.load_default(size), "mm")
+
+    for column, title in enumerate(titles):
+        write(title, column, LABEL / 2, 15)
+    for index, image in enumerate(shown):
+        top, plain = LABEL + index * line, _resized(image, side)
+        cells = [plain, *(_overlay(plain, each) for each in maps[index])]
+        for column, cell in enumerate(cells):
+            picture = Image.fromarray(cell)
+            if query is not None:
+                _frame(picture, query, (rows, columns))
+            canvas.paste(picture, (column * step, top))
+        for column, each in enumerate(maps[index], 1):
+            write(_percent(float(each.max())), column, top + side + UNDER / 2 - 1, 14)
+    if query is not None:
+        who, name = f"the framed patch (row {query[0]}, column {query[1]}, from 0)", f"patch_{query[0]}_{query[1]}"
+    else:
+        who, name = ("the class token", "class") if subject.prefix else ("all patches on average", "mean")
+    shot = Shot(
+        f"attention_{slug(subject.label)}_block_{number}_{name}.png",
+        f"{subject.label}: attention of {who.partition(' (')[0]} in block {number}",
+        f"{len(shown)} images, and over each of them how the attention of {who} is spread over the patches: the mean "
+        f"of {subject.heads} heads, then every head",
+        f"Share of the attention of {who} in block {number} of {subject.depth} that each of {rows} x {columns} patches "
+        "receives: grey none, yellow the most. Each map has its own scale from 0 to the share under it; spread evenly, "
+        f"each patch would have {_percent(1 / (rows * columns + subject.prefix))}.",
+    )
+    return shot, _png(canvas)
+
+
+def has_decoder(subject: Subject) -> bool:
+    """Whether `reconstruction_picture` has a decoder to show, one that tells which pixels it predicts."""
+    checkpoint = _checkpoint(subject)
+    return checkpoint is not None and bool(checkpoint.decoder) and checkpoint.pixels is not None
+
+
+@torch.no_grad()
+def reconstruction_picture(
+    subject: Subject, images: Tensor, *, mask_ratio: float = 0.75, seed: int = 0
+) -> tuple[Shot, bytes]:
+    """A PNG of what the decoder beside an encoder makes of images [B,3,S,S] uint8 with a share of their patches hidden:
+    original, visible patches, prediction in place of the hidden ones.
+
+    A decoder of normalised pixels predicts patches without mean and contrast, which are put back from the original. The
+    mask of image i depends on `seed` and i only, so that models of one grid are shown the same patches. The weights are
+    read anew from where the subject came from.
+
+    Raises `WeightsError` with the reason where there is no decoder, or where it does not tell what it predicts.
+    """
+    checkpoint = _checkpoint(subject)
+    if checkpoint is None or not checkpoint.decoder:
+        raise WeightsError(
+            f"{subject.label} comes without a decoder, so that nothing can be reconstructed. Pre-training runs keep "
+            "one, and of the official MAE files *_full.pth and mae_visualize_*.pth"
+        )
+    if checkpoint.pixels is None:
+        raise WeightsError(
+            f"{checkpoint.source} does not say which pixels its decoder predicts, so that they cannot be shown; name "
+            "it as the official files: *_full.pth for normalised pixels, mae_visualize_*.pth for raw ones"
+        )
+    encoder = ViT(shape_of_checkpoint(checkpoint, subject.heads))
+    fill_encoder(encoder, checkpoint)
+    decoder = load_decoder(checkpoint, encoder)
+    encoder.to(subject.device).eval()
+    decoder.to(subject.device).eval()
+    sampler = RandomMasking(encoder.units, mask_ratio)
+    draws = [sampler.draw(torch.Generator().manual_seed(key("mask", seed, i))) for i in range(len(images))]
+    mask = sampler.collate(torch.stack(draws))
+    batch = Batch({"image": images}, torch.arange(len(images)), {"mask": mask})
+    batch = batch.prepare(subject.device, subject.mean, subject.std)
+    prediction = decoder(encoder(batch.images, batch.mask).latent, batch.mask)
+    normalised = checkpoint.pixels == "normalised"
+    pictures = reconstruction_pictures(prediction, batch, encoder.patch, normalised)
+    rows = [pictures[name] for name in ("original", "masked", "reconstruction")]
+    shown, hidden = encoder.units - int(mask.hidden[0].sum()), f"{100 * mask_ratio:.3g} %"
+    shot = Shot(
+        f"reconstruction_{slug(subject.label)}.png",
+        f"{subject.label}: reconstruction",
+        f"Three rows of {len(images)} images: the original, the {shown} of {encoder.units} patches that are shown, and "
+        "with the hidden ones as the decoder predicts them",
+        f"{hidden} of the patches are hidden and predicted, visible ones are the original."
+        + (" The decoder predicts normalised pixels: a patch's own mean and contrast are put back." * normalised),
+    )
+    return shot, reconstruction_grid(*rows, mean=subject.mean, std=subject.std)
+
+
+def slug(label: str) -> str:
+    """A model's label as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", label).strip("._")
+
+
+def _checkpoint(subject: Subject) -> Checkpoint | None:
+    """The file that a subject came from; None for modules and models of other libraries."""
+    readable = isinstance(subject.encoder, ViT) and Path(subject.source).exists()
+    return open_checkpoint(subject.source) if readable else None
+
+
+def _cell(size: int) -> int:
+    """Side of an image in a picture: small ones are enlarged by a whole factor, large ones reduced."""
+    return min(size * max(1, round(CELL[0] / size)), CELL[1])
+
+
+def _overlay(plain: NDArray[np.uint8], shares: Tensor) -> NDArray[np.uint8]:
+    """A map [rows,columns] as heat over an image [side,side,3]."""
+    from matplotlib import colormaps  # takes half a second, which only a picture is worth
+
+    side = plain.shape[0]
+    scaled = shares / shares.max().clamp_min(torch.finfo(shares.dtype).tiny)  # all may be 0: the class token has it all
+    heat = F.interpolate(scaled[None, None], (side, side), mode="nearest-exact")[0, 0].numpy()
+    grey = GREY[0] + GREY[1] * plain.mean(axis=2, keepdims=True)
+    cover = OPAQUE * heat[..., None]
+    mixed = (1 - cover) * grey + cover * 255 * colormaps[COLOURS](heat)[..., :3]
+    return np.asarray(mixed.round(), dtype=np.uint8)
+
+
+def _resized(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Pixels stay pixels where an image [S,S,3] is enlarged."""
+    filter_ = Image.Resampling.NEAREST if side >= len(image) else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(image).resize((side, side), filter_))
+
+
+def _frame(picture: Image.Image, query: Query, grid: tuple[int, int]) -> None:
+    """Draws a frame around a patch, legible on any ground."""
+    height, width = picture.height / grid[0], picture.width / grid[1]
+    left, top, right, bottom = (
+        round(value) for value in (query[1] * width, query[0] * height, (query[1] + 1) * width, (query[0] + 1) * height)
+    )
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left - 1, top - 1, right, bottom), outline="black", width=3)
+    draw.rectangle((left, top, right - 1, bottom - 1), outline="white")
+
+
+def _percent(share: float) -> str:
+    """0.5 %, 5.1 %, 51 %."""
+    return f"{100 * share:.{int(share < 0.0995)}f} %"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
