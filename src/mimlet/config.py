@@ -181,6 +181,9 @@ class OptimSettings(Section):
     lr_batch: int = Field(256, ge=0)
     min_lr: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="it goes there by half a cosine (DINO); none: it stays"
+    )
     decay_tokens: bool = Field(
         True,
         description="whether class token, mask token and position tables decay (pre-training: yes; fine-tuning: no)",
@@ -194,13 +197,15 @@ class OptimSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """Length of training in epochs or in optimiser steps; linear warm-up, then half a cosine, per step."""
+    """Length of training in epochs or in optimiser steps; per step, a linear warm-up, then half a cosine or steps."""
 
     batch: int = Field(4096, ge=1, description="images per optimiser step, over all devices and accumulation")
     epochs: float = Field(0, ge=0)
     steps: int = Field(0, ge=0, description="instead of epochs")
     warmup_epochs: float = Field(0, ge=0)
     warmup: float = Field(0, ge=0, lt=1, description="instead of warmup_epochs: fraction of the whole training")
+    decay: Literal["cosine", "step"] = Field("cosine", description="step: a tenth of the rate at every milestone")
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field([0.875], description="fractions of the training")
     eval_epochs: float = Field(
         10, ge=0, description="evaluate every so many epochs, and at the end; 0: only at the end"
     )

@@ -15,8 +15,9 @@ from mimlet.train.optim import (
     optimizer_state,
     parameter_groups,
     peak_learning_rate,
-    set_learning_rate,
+    set_rates,
     trained_parameters,
+    weight_decay,
 )
 from tests.shared import golden
 from tests.train.toy import Toy
@@ -120,6 +121,27 @@ def test_learning_rate_numbers() -> None:
     assert learning_rate(0, 10, 0, 2.0, 0.0) == 2.0
 
 
+def test_the_rate_falls_to_a_tenth_at_every_milestone() -> None:
+    rates = [learning_rate(step, 16, 2, 1.0, 1e-3, (0.5, 0.875)) for step in range(16)]
+    assert rates == pytest.approx([0, 0.5] + [1.0] * 6 + [0.1] * 6 + [0.01] * 2)
+    assert learning_rate(15, 16, 2, 1.0, 0.05, (0.5, 0.875)) == 0.05
+
+
+def test_weight_decay_rises_as_in_the_official_code() -> None:
+    oracle = golden("dino_loss")
+    optim = OptimSettings(weight_decay=0.04, weight_decay_end=0.4)
+    found = torch.tensor([weight_decay(step, 20, optim) for step in range(20)], dtype=torch.float64)
+    torch.testing.assert_close(found, oracle.io["wd_schedule"].double(), atol=1e-6, rtol=1e-6)
+    assert weight_decay(7, 20, OptimSettings(weight_decay=0.04)) == 0.04
+
+
+def test_only_what_decays_gets_the_decay_of_the_step() -> None:
+    optim = OptimSettings(weight_decay=0.04, weight_decay_end=0.4)
+    optimizer = make_optimizer(parameter_groups(Named({"head.w": [2, 2], "head.bias": [2]}, 1), optim), optim)
+    set_rates(optimizer, 0.1, 0.3)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0.3]
+
+
 def test_peak_learning_rate_is_linear_in_the_batch_or_absolute() -> None:
     assert peak_learning_rate(OptimSettings(lr=1.5e-4, lr_batch=256), 4096) == pytest.approx(2.4e-3)
     assert peak_learning_rate(OptimSettings(lr=0.03, lr_batch=0), 512) == 0.03
@@ -129,7 +151,7 @@ def test_the_scale_multiplies_the_whole_schedule() -> None:
     shapes = {"encoder.cls_token": [1, 1, 4], "encoder.blocks.0.w": [4, 4], "head.w": [4, 4]}
     optim = OptimSettings(layer_decay=0.5)
     optimizer = make_optimizer(parameter_groups(Named(shapes, 1), optim), optim)
-    set_learning_rate(optimizer, 0.8)
+    set_rates(optimizer, 0.8, 0.0)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [0.2, 0.4, 0.8]
 
 
@@ -139,7 +161,7 @@ def test_adamw_is_torch_adamw() -> None:
     optimizer = make_optimizer(parameter_groups(ours, optim), optim)
     other = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.1, betas=(0.8, 0.9), foreach=False)
     for _ in range(3):
-        set_learning_rate(optimizer, 0.1)
+        set_rates(optimizer, 0.1, 0.1)
         for method, one in ((ours, optimizer), (theirs, other)):
             w = method.get_parameter("head.w")
             w.grad = 2 * (w.detach() + torch.tensor([[1.0, -2.0], [0.5, 3.0]]))
@@ -152,7 +174,7 @@ def test_sgd_has_nesterov_momentum() -> None:
     method = Named({"head.w": [1, 1]}, 1)
     optimizer = make_optimizer(parameter_groups(method, optim), optim)
     for _ in range(2):
-        set_learning_rate(optimizer, 1.0)
+        set_rates(optimizer, 1.0, 0.0)
         method.get_parameter("head.w").grad = torch.tensor([[2.0]])
         optimizer.step()
     # Steps of g + 0.9 v with v = 2, then 0.9 * 2 + 2.
@@ -165,7 +187,7 @@ def test_lars_adapts_matrices_without_decay_and_never_vectors() -> None:
     matrix, vector = method.get_parameter("head.w"), method.get_parameter("head.b")
     nn.init.constant_(matrix, 3.0)
     optimizer = make_optimizer(parameter_groups(method, optim), optim)
-    set_learning_rate(optimizer, 2.0)
+    set_rates(optimizer, 2.0, 0.0)
     matrix.grad, vector.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 1.0])
     optimizer.step()
     ratio = 0.001 * 18**0.5 / 5

@@ -350,8 +350,10 @@ class _Loop:
 
     def begin_step(self) -> None:
         """Sets the rate; no gradients yet."""
-        self.lr = optim.learning_rate(self.step, self.plan.total, self.plan.warmup, self.peak, self.config.optim.min_lr)
-        optim.set_learning_rate(self.optimizer, self.lr)
+        settings, schedule, plan = self.config.optim, self.config.schedule, self.plan
+        milestones = schedule.milestones if schedule.decay == "step" else ()
+        self.lr = optim.learning_rate(self.step, plan.total, plan.warmup, self.peak, settings.min_lr, milestones)
+        optim.set_rates(self.optimizer, self.lr, optim.weight_decay(self.step, plan.total, settings))
         self.optimizer.zero_grad()
         self.sums: dict[str, Tensor] = {}
         self.indices: list[Tensor] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TypedDict, cast
 
 import torch
@@ -15,11 +16,12 @@ from mimlet.methods.base import Method
 
 
 class Group(TypedDict):
-    """Parameters that share a learning-rate scale and a weight decay. LARS alone reads `always_adapt`."""
+    """Parameters that share a learning-rate scale and whether they decay. LARS alone reads `always_adapt`."""
 
     params: list[nn.Parameter]
     lr_scale: float
     weight_decay: float
+    decays: bool
     always_adapt: bool
 
 
@@ -50,7 +52,7 @@ def parameter_groups(method: Method, optim: OptimSettings) -> list[Group]:
         scale = optim.layer_decay ** (depth + 1 - _layer(name, depth))
         decay = optim.weight_decay if decays else 0.0
         # LARS adapts matrices even where nothing decays, and never vectors (MAE's linear probing).
-        group = Group(params=[], lr_scale=scale, weight_decay=decay, always_adapt=matrix)
+        group = Group(params=[], lr_scale=scale, weight_decay=decay, decays=decays, always_adapt=matrix)
         key = (scale, decay, matrix if optim.name == "lars" else False)
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
@@ -64,7 +66,7 @@ def _layer(name: str, depth: int) -> int:
 
 
 def make_optimizer(groups: list[Group], optim: OptimSettings, *, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW, SGD or LARS over `groups`; the learning rate is set before every step (`set_learning_rate`).
+    """AdamW, SGD or LARS over `groups`; rate and decay are set before every step (`set_rates`).
 
     `fused`: one kernel for all of AdamW; not to be used under a gradient scaler, which such an optimiser would bypass.
     """
@@ -85,22 +87,39 @@ def peak_learning_rate(optim: OptimSettings, batch: int) -> float:
     return optim.lr * batch / optim.lr_batch if optim.lr_batch else optim.lr
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, minimum: float) -> float:
+def learning_rate(
+    step: int, total: int, warmup: int, peak: float, minimum: float, milestones: Sequence[float] = ()
+) -> float:
     """The learning rate of `step` (from 0): linear from 0 over `warmup` steps, then half a cosine from `peak` towards
-    `minimum`.
+    `minimum`; with `milestones` instead a tenth of it from each of these fractions of the training on (SimMIM).
 
     The first step of a warm-up has rate 0, as in MAE; the cosine would reach `minimum` at step `total`, one after the
     last.
     """
     if step < warmup:
         return peak * step / warmup
+    if milestones:
+        passed: int = sum(step >= milestone * total for milestone in milestones)
+        return max(minimum, peak * 0.1**passed)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group `lr` times its scale; the scale applies to the whole schedule, minimum included."""
+def weight_decay(step: int, total: int, optim: OptimSettings) -> float:
+    """The weight decay of `step`: constant, or by half a cosine from `weight_decay` to `weight_decay_end`."""
+    if optim.weight_decay_end is None:
+        return optim.weight_decay
+    remaining = 0.5 * (1 + math.cos(math.pi * step / total))
+    return optim.weight_decay_end + (optim.weight_decay - optim.weight_decay_end) * remaining
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None:
+    """Gives every group `lr` times its scale, which applies to the whole schedule, minimum included; and the decay to
+    those that decay at all.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+        if group["decays"]:
+            group["weight_decay"] = decay
 
 
 @torch.no_grad()

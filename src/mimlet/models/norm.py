@@ -1,0 +1,35 @@
+"""Batch norm over the whole batch of a step, whatever the number of processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mimlet import processes
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` whose statistics in training are those of all processes together, gradients included.
+
+    PyTorch's own works on GPUs only. Every process brings equally many rows. In evaluation, and alone, it is the plain
+    one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[n,D] -> [n,D]; in float32 even under autocast."""
+        if not self.training or processes.world_size() == 1:
+            normed: Tensor = super().forward(input.float())
+            return normed
+        x = input.float()
+        count = len(x) * processes.world_size()
+        mean = processes.total(x.sum(dim=0)) / count
+        centred = x - mean
+        variance = processes.total(centred.square().sum(dim=0)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * count / (count - 1), share)
+        out = centred * (variance + self.eps).rsqrt()
+        return out if self.weight is None else out * self.weight + self.bias
