@@ -292,7 +292,7 @@ def analyse(
         typer.Option(
             metavar="PART,...",
             help="Of cka (similarity of layers), attention (distance and entropy), health (of features), maps (of "
-            "attention, and reconstructions).",
+            "attention, and reconstructions), probe (of every layer, with --labelled and --eval).",
         ),
     ] = None,
     images: Annotated[int, typer.Option(metavar="N", help="Images to look at, at most.")] = 1152,
@@ -302,7 +302,9 @@ def analyse(
     upstream: Annotated[
         bool, typer.Option("--upstream", help="As MAE-lite's released code: first files, fresh last norm, its unit.")
     ] = False,
-    shown: Annotated[int, typer.Option(metavar="N", min=1, help="Images in pictures.")] = 6,
+    shown: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Images in pictures. Default: 6, or 3 of several models.")
+    ] = 0,
     block: Annotated[int, typer.Option(metavar="N", min=0, help="Block of attention maps. Default: the last.")] = 0,
     query: Annotated[
         str | None,

@@ -31,8 +31,8 @@ from mimlet.run import read_run
 from mimlet.tables import print_table, write_csv
 from mimlet.train.distributed import make_fabric
 
-Part = Literal["cka", "attention", "health", "maps"]
-PARTS: tuple[Part, ...] = ("cka", "attention", "health", "maps")
+Part = Literal["cka", "attention", "health", "maps", "probe"]
+PARTS: tuple[Part, ...] = ("cka", "attention", "health", "maps", "probe")
 Model = str | Path | nn.Module
 
 
@@ -47,7 +47,7 @@ def analyse(
     order: Order = "random",
     seed: int = 0,
     upstream: bool = False,
-    shown: int = 6,
+    shown: int = 0,
     block: int = 0,
     query: Query | None = None,
     mask_ratio: float = 0.75,
@@ -65,15 +65,15 @@ def analyse(
     `models`: run folders, checkpoint files, timm:NAME, transformers:NAME or modules (`heads`: of a file that does not
     tell). `out`: by default the folder `analysis` in the run, if one run is looked at; else `analysis`. `only`: of
     "cka", "attention" (distance and entropy), "health", "maps" (of attention, and reconstructions where there is a
-    decoder).
+    decoder), "probe" (of every layer, where `labelled` and `eval` images are given).
 
     At most `images` images, in minibatches of `batch` for CKA, a sample seeded by `seed` or in the `order` of files.
     `upstream` is as MAE-lite's released code: the order of files, pre-trained encoders end in a fresh norm, distances
-    are also given in its unit. Maps show `shown` images, attention of `block` (0: the last) and of the class token or
-    of the patch `query` (row, column).
+    are also given in its unit. Maps show `shown` images (0: 6 of one model, 3 of each of several), attention of `block`
+    (0: the last) and of the class token or of the patch `query` (row, column).
 
-    With `labelled` and `eval` images, a classifier judges every layer; `leading` numbers of blocks are kept and
-    fine-tuned with `recipe` and `overrides` (MAE-lite, Fig. 4).
+    `leading` numbers of blocks are kept and fine-tuned on `labelled` and `eval` with `recipe` and `overrides`
+    (MAE-lite, Fig. 4).
     """
     given = [models] if isinstance(models, str | Path | nn.Module) else list(models)
     _check(only, labelled, eval, leading, overrides)
@@ -86,20 +86,27 @@ def analyse(
     if upstream:
         for subject in subjects:
             subject.fresh_norm()
-    pictures = list(_pictures(subjects, source, indices[:shown], block, query, mask_ratio)) if "maps" in only else []
+    pictures = (
+        list(
+            _pictures(subjects, source, indices[: shown or (6 if len(subjects) == 1 else 3)], block, query, mask_ratio)
+        )
+        if "maps" in only
+        else []
+    )
     loaders = loader_workers(workers, fabric)
     what = Measures(*(part in only for part in ("cka", "attention", "health")))
     found, similarities = measure(subjects, views_for(subjects, source, indices), size, what, workers=loaders)
     labels = ""
-    if labelled:
+    if path_list(labelled):
         train = open_source(path_list(labelled), labelled=True)
         test = open_source(path_list(eval), labelled=True, classes=train.classes)
         labels = f"{train.describe()}; judged on {test.describe()}"
-        curves = [
-            probe_by_layer(subject, views_for([subject], train), views_for([subject], test), workers=loaders)
-            for subject in subjects
-        ]
-        found = [replace(model, probe=curve) for model, curve in zip(found, curves, strict=True)]
+        if "probe" in only:
+            curves = [
+                probe_by_layer(subject, views_for([subject], train), views_for([subject], test), workers=loaders)
+                for subject in subjects
+            ]
+            found = [replace(model, probe=curve) for model, curve in zip(found, curves, strict=True)]
     if leading:
         for number, subject in enumerate(subjects):
             config = task_config(recipe, subject.source, path_list(labelled), path_list(eval), overrides)
