@@ -71,6 +71,7 @@ def measure(
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, job, batch, threads), daemon=True)
         process.start()
+        theirs.close()  # so that a contender that fails ends the wait for it
         losses[job.label] = ours.recv()
         pipes[job.label] = ours
         processes.append(process)

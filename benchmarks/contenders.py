@@ -21,7 +21,15 @@ def images(batch: int, size: int = SIZE) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def trainer(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool, fused: bool) -> Step:
+def trainer(
+    model: nn.Module,
+    loss_of: Callable[[], Tensor],
+    bf16: bool,
+    fused: bool,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
+) -> Step:
+    """`before` and `after` the optimiser's step: clipping, followers."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
 
@@ -29,7 +37,9 @@ def trainer(model: nn.Module, loss_of: Callable[[], Tensor], bf16: bool, fused: 
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = loss_of()
         torch.autograd.backward(loss)
+        before()
         optimizer.step()
+        after()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 

@@ -1,11 +1,11 @@
-"""Every distillation method at an equal budget: trains, judges and writes docs/results.md.
+"""Every method at an equal budget, baselines and distillation: trains, judges and writes docs/results.md.
 
     python -m benchmarks.method_table --train cifar10/train.parquet --test cifar10/test.parquet --out runs/methods \\
         --epochs 6 --seeds 0 1 2
 
-Four steps, each of which skips what is finished, so that the same command continues, and seeds may run in processes of
-their own once the teacher is there (--only teacher, pretrain, judge, page). The page is made from the run folders
-alone. What stands in it between the two `reading` comments is written by people, and stays.
+Five steps, each of which skips what is finished, so that the same command continues, and seeds may run in processes of
+their own once teacher and tokenizer are there (--only teacher, tokenizer, pretrain, judge, page). The page is made from
+the run folders alone. What stands in it between the two `reading` comments is written by people, and stays.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from mimlet.atomic import write_atomic
-from mimlet.config import Config, merge, nest, parse_override, read_recipe, set_length, validate
+from mimlet.config import Config, EncoderSettings, merge, nest, parse_override, read_recipe, set_length, validate
 from mimlet.errors import RunError
+from mimlet.methods.settings import METHODS
 from mimlet.models.weights import ENCODER_FILE
 from mimlet.report.collect import Shown
 from mimlet.run import Run, read_run
@@ -29,10 +30,18 @@ from mimlet.run import Run, read_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCRATCH, TEACHER = "scratch_micro32", "mae_micro_teacher32"
+SCRATCH, SUPERVISED = "scratch_micro32", "supervised_micro32"
+TEACHER, TOKENIZER, BEIT = "mae_micro_teacher32", "dvae_micro32", "beit_micro32"
 RECIPES = {
     SCRATCH: "no pre-training",
+    SUPERVISED: "supervised",
     "mae_micro32": "MAE",
+    "simmim_micro32": "SimMIM",
+    "maskfeat_micro32": "MaskFeat",
+    BEIT: "BEiT",
+    "bootmae_micro32": "BootMAE",
+    "dino_micro32": "DINO",
+    "mocov3_micro32": "MoCo v3",
     "dmae_micro32": "D-MAE",
     "d2mae_micro32": "D²-MAE",
     "dmae_features_micro32": "DMAE (features)",
@@ -42,7 +51,16 @@ RECIPES = {
     "mimhd_micro32": "MIM-HD",
     "mimhd_mixture_micro32": "MIM-HD (mixture)",
 }
+STUDY = "Exploring Strong Lightweight ViTs"
 PAPERS = [
+    ("mae_micro32", "mocov3_micro32", f"ViT-Tiny 78.0 and 76.8, linear probe 23.3 and 62.1, {STUDY}"),
+    ("mae_micro32", "dino_micro32", f"ViT-Tiny 78.0 and 77.2, linear probe 23.3 and 66.1, {STUDY}"),
+    ("dino_micro32", "mocov3_micro32", f"ViT-Tiny 77.2 and 76.8, linear probe 66.1 and 62.1, {STUDY}"),
+    ("mae_micro32", "simmim_micro32", f"ViT-Tiny 78.0 and 77.9, linear probe 23.3 and 14.8, {STUDY}"),
+    ("mae_micro32", "maskfeat_micro32", f"ViT-Tiny 78.0 and 77.9, linear probe 23.3 and 23.1, {STUDY}"),
+    ("mae_micro32", "bootmae_micro32", f"ViT-Tiny 78.0 and 77.9, {STUDY}"),
+    ("mae_micro32", BEIT, f"ViT-Tiny 78.0 and 77.7, {STUDY}"),
+    ("mae_micro32", SUPERVISED, f"ViT-Tiny 78.0 and 76.5, {STUDY}"),
     ("dmae_micro32", "mae_micro32", "ViT-Tiny 78.3 and 78.0, D²-MAE's paper"),
     ("d2mae_micro32", "dmae_micro32", "ViT-Tiny 78.7 and 78.3, D²-MAE's paper"),
     ("g2sd_micro32", "mae_micro32", "ViT-Tiny 76.3 and 75.2, ViT-Small 82.0 and 81.5, G2SD's paper"),
@@ -51,10 +69,17 @@ PAPERS = [
     ("tinymim_micro32", "mae_micro32", "ViT-Tiny 75.8 (TinyMIM's paper) and 75.2 (G2SD's paper)"),
 ]
 """Better and worse by ImageNet-1K top-1 after fine-tuning, with the two numbers."""
+GROUPS = {
+    "masked images": ("mae_micro32", "simmim_micro32", "maskfeat_micro32", BEIT, "bootmae_micro32"),
+    "crops and contrast": ("dino_micro32", "mocov3_micro32"),
+}
 READING = ("<!-- reading -->", "<!-- /reading -->")
 MISSING = "–"
-ALT = "Two dot charts of the table, by probe and after fine-tuning: top-1 of each method, a dot per seed, their mean"
-JUDGED = {"probe": "probe, all labels", "finetuned": "fine-tuned, few labels"}
+ALT = (
+    "Three dot charts of the table, by probe and after fine-tuning with few and with all labels: top-1 of each method, "
+    "a dot per seed, their mean"
+)
+JUDGED = {"probe": "probe, all labels", "finetuned": "fine-tuned, few labels", "tuned_all": "fine-tuned, all labels"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,19 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", help="images with labels")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--teacher", type=Path, help="run folder of an MAE teacher; none: it is trained first")
+    parser.add_argument("--tokenizer", type=Path, help="run folder of a tokenizer for BEiT; none: it is trained first")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="of pre-training; none: the recipes'")
     parser.add_argument("--steps", type=int, help="of pre-training, instead of epochs")
     parser.add_argument("--labels", type=int, default=100, help="per class, for fine-tuning")
-    parser.add_argument("--finetune-epochs", type=float, default=40)
+    parser.add_argument("--finetune-epochs", type=float, default=40, help="with few labels")
+    parser.add_argument("--all-epochs", type=float, default=3, help="of fine-tuning with all labels; 0: none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
     parser.add_argument("settings", nargs="*", help="section.key=value for every training")
     parser.add_argument("--pretrain", nargs="+", default=[], help="the same for the students' pre-training only")
     given = parser.parse_args(arguments)
-    if {"teacher", "pretrain", "judge"} & {*given.only} and not (given.train and given.test):
+    if {"teacher", "tokenizer", "pretrain", "judge"} & {*given.only} and not (given.train and given.test):
         parser.error("--train and --test are needed to train and to judge")
     import torch
 
@@ -86,19 +113,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_teacher(given: argparse.Namespace) -> None:
-    if given.teacher is None and not finished(given.out / "teacher"):
-        from mimlet.api import train
+    distilled = any(METHODS[read_recipe(recipe)["method"]["name"]].teacher for recipe in given.methods)
+    if distilled and given.teacher is None:
+        train_part(given, TEACHER, given.out / "teacher")
 
-        train(config(given, TEACHER, given.out / "teacher", seed=0), resume=True)
+
+def train_tokenizer(given: argparse.Namespace) -> None:
+    if BEIT in given.methods and given.tokenizer is None:
+        train_part(given, TOKENIZER, given.out / "tokenizer")
+
+
+def train_part(given: argparse.Namespace, recipe: str, out: Path) -> None:
+    from mimlet.api import train
+
+    if not finished(out):
+        train(config(given, recipe, out, seed=0), resume=True)
 
 
 def pretrain(given: argparse.Namespace) -> None:
-    """All methods of a seed side by side: images are read and the teacher is asked once."""
+    """All methods of a seed side by side: images are read and the teacher is asked once. The one with labels trains by
+    itself.
+    """
     from mimlet.api import compare, train
 
     for seed in given.seeds:
         folders = {recipe: given.out / f"seed{seed}" / recipe for recipe in given.methods if recipe != SCRATCH}
-        configs = [config(given, recipe, at, seed) for recipe, at in folders.items() if not finished(at)]
+        missing = {recipe: config(given, recipe, at, seed) for recipe, at in folders.items() if not finished(at)}
+        if SUPERVISED in missing:
+            train(missing.pop(SUPERVISED), resume=True)
+        configs = list(missing.values())
         if len(configs) > 1:
             compare(configs, resume=True)
         elif configs:
@@ -106,7 +149,9 @@ def pretrain(given: argparse.Namespace) -> None:
 
 
 def judge(given: argparse.Namespace) -> None:
-    """A probe with all labels, and fine-tuning with few; the seed of the pre-training draws these few, too."""
+    """A probe with all labels, and fine-tuning with few, then with all; the seed of the pre-training draws these few,
+    too.
+    """
     from mimlet.api import probe, train
 
     for seed in given.seeds:
@@ -114,9 +159,10 @@ def judge(given: argparse.Namespace) -> None:
             encoder = given.out / f"seed{seed}" / recipe
             if recipe != SCRATCH and not (encoder / "probe_quick.csv").exists():
                 probe(encoder, data=given.train, eval=given.test)
-            at = finetuned(encoder)
-            if not finished(at):
-                train(few_labels(given, recipe, encoder, at, seed), resume=True)
+            lengths = {"finetuned": (given.finetune_epochs, str(given.labels)), "tuned_all": (given.all_epochs, "")}
+            for how, (epochs, labels) in lengths.items():
+                if epochs and not finished(at := tuned(encoder, how)):
+                    train(tuning(given, recipe, encoder, at, seed, epochs, labels), resume=True)
 
 
 def write_page(given: argparse.Namespace) -> None:
@@ -129,12 +175,18 @@ def write_page(given: argparse.Namespace) -> None:
     write_atomic(page, page_text(rows, read_facts(given.out, rows), reading(before)))
 
 
-STEPS = {"teacher": train_teacher, "pretrain": pretrain, "judge": judge, "page": write_page}
+STEPS = {
+    "teacher": train_teacher,
+    "tokenizer": train_tokenizer,
+    "pretrain": pretrain,
+    "judge": judge,
+    "page": write_page,
+}
 
 
-def finetuned(encoder: Path) -> Path:
-    """Where an encoder's fine-tuning lies."""
-    return encoder.with_name(f"{encoder.name}-finetuned")
+def tuned(encoder: Path, how: str) -> Path:
+    """Where an encoder's fine-tuning with few (`finetuned`) or with all labels (`tuned_all`) lies."""
+    return encoder.with_name(f"{encoder.name}-{how}")
 
 
 def finished(folder: Path) -> bool:
@@ -145,21 +197,37 @@ def config(given: argparse.Namespace, recipe: str, out: Path, seed: int) -> Conf
     """A recipe at the common budget."""
     values = read_recipe(recipe)
     set_length(values, given.epochs, given.steps)
-    if recipe != TEACHER:
+    if METHODS[values["method"]["name"]].teacher:
         merge(values, nest("teacher.path", str(given.teacher or given.out / "teacher")))
+    if recipe == BEIT:
+        merge(values, nest("method.tokenizer", str(given.tokenizer or given.out / "tokenizer")))
+    if recipe not in (TEACHER, TOKENIZER):
         for text in given.pretrain:
             merge(values, parse_override(text))
     return completed(given, values, out, seed)
 
 
-def few_labels(given: argparse.Namespace, recipe: str, encoder: Path, out: Path, seed: int) -> Config:
+def tuning(
+    given: argparse.Namespace, recipe: str, encoder: Path, out: Path, seed: int, epochs: float, labels: str
+) -> Config:
+    """Fine-tuning of an encoder, or training from scratch, with so many labels per class (empty: all)."""
     values = read_recipe(SCRATCH if recipe == SCRATCH else "classify_micro32")
-    set_length(values, given.finetune_epochs)
+    set_length(values, epochs)
     if recipe != SCRATCH:
-        merge(values, nest("encoder.weights", str(encoder)))
-    merge(values, {"data": {"eval": [given.test], "subset": str(given.labels), "subset_seed": seed}})
+        merge(values, {"encoder": {**form(read_run(encoder).config.encoder), "weights": str(encoder)}})
+    merge(values, {"data": {"eval": [given.test], "subset": labels, "subset_seed": seed}})
     merge(values, nest("schedule.eval_epochs", 0))
     return completed(given, values, out, seed)
+
+
+def form(encoder: EncoderSettings) -> dict[str, Any]:
+    """What an encoder is fine-tuned as: with its own positions and biases, a table that blocks share becoming one for
+    each.
+    """
+    relative: str = encoder.relative
+    if relative == "shared":
+        relative = "qv" if encoder.qv_bias else "full"
+    return {"position": encoder.position, "relative": relative, "qv_bias": encoder.qv_bias}
 
 
 def completed(given: argparse.Namespace, values: dict[str, Any], out: Path, seed: int) -> Config:
@@ -179,9 +247,10 @@ class Row:
     seconds: Mapping[int, float]
     probe: Mapping[int, float]
     finetuned: Mapping[int, float]
+    tuned_all: Mapping[int, float]
 
     def results(self, how: str) -> Mapping[int, float]:
-        """`probe` or `finetuned`."""
+        """`probe`, `finetuned` or `tuned_all`."""
         found: Mapping[int, float] = getattr(self, how)
         return found
 
@@ -194,6 +263,8 @@ class Facts:
     budget: str
     schedule: str
     labels: str
+    all_labels: str
+    tokenizer: str
     students: str
     machine: str
 
@@ -203,7 +274,8 @@ def read_rows(out: Path) -> list[Row]:
     rows = []
     for recipe in RECIPES:
         losses: dict[str, list[float]] = {}
-        seconds, probed, judged = {}, {}, {}
+        seconds, probed = {}, {}
+        judged: dict[str, dict[int, float]] = {"finetuned": {}, "tuned_all": {}}
         for seed, folder in seed_folders(out):
             if finished(folder / recipe):
                 shown = Shown(recipe, 0, read_run(folder / recipe))
@@ -213,10 +285,12 @@ def read_rows(out: Path) -> list[Row]:
             table = folder / recipe / "probe_quick.csv"
             if table.exists():
                 probed[seed] = float(next(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))["top1"])
-            if finished(at := finetuned(folder / recipe)):
-                judged[seed] = float(read_run(at).lines("eval")[-1]["top1"])
-        if seconds or judged:
-            rows.append(Row(recipe, {name: mean(values) for name, values in losses.items()}, seconds, probed, judged))
+            for how, found in judged.items():
+                if finished(at := tuned(folder / recipe, how)):
+                    found[seed] = float(read_run(at).lines("eval")[-1]["top1"])
+        if seconds or any(judged.values()):
+            last = {name: mean(values) for name, values in losses.items()}
+            rows.append(Row(recipe, last, seconds, probed, **judged))
     if not rows:
         raise RunError(f"no finished runs in {out}; expected folders such as seed0/mae_micro32")
     return rows
@@ -230,21 +304,32 @@ def read_facts(out: Path, rows: Sequence[Row]) -> Facts:
     """`RunError` where runs that are compared had different budgets."""
     places = [folder / row.recipe for _, folder in seed_folders(out) for row in rows]
     before = [read_run(at) for at in places if finished(at)]
-    after = [read_run(finetuned(at)) for at in places if finished(finetuned(at))]
+    few, every = (
+        [read_run(at) for at in (tuned(place, how) for place in places) if finished(at)]
+        for how in ("finetuned", "tuned_all")
+    )
     schedule = common((length(run) for run in before), "lengths of pre-training")
-    last = common((length(run) for run in after), "lengths of fine-tuning")
-    labels = common((run.config.data.subset for run in after), "numbers of labels")
-    students = common(map(student, before + after), "students")
-    rate = common((f"{run.config.optim.lr:g}" for run in before), "learning rates of pre-training")
+    last = common((length(run) for run in few), "lengths of fine-tuning")
+    last_all = common((length(run) for run in every), "lengths of fine-tuning with all labels")
+    labels = common((run.config.data.subset for run in few), "numbers of labels")
+    students = common(map(student, before + few + every), "students")
+    rate = common_rate(before)
     (number, unit, *_, batch), epochs = schedule.split(), last.split()[0]
+    tokenizer = ""
+    if finished(out / "tokenizer"):
+        shown = Shown(TOKENIZER, 0, read_run(out / "tokenizer"))
+        tokenizer = f"{length(shown.run)}, {shown.seconds:.0f} seconds, which BEiT's do not contain"
     return Facts(
         [seed for seed, _ in seed_folders(out)],
         f"--{unit} {number} --labels {labels} --finetune-epochs {epochs} "
-        f"--pretrain schedule.batch={batch} optim.lr={rate}",
-        schedule,
+        f"--all-epochs {last_all.split()[0] if every else 0} \\\n    "
+        f"--pretrain schedule.batch={batch}{f' optim.lr={rate}' if rate else ''}",
+        f"{schedule}, {f'learning rate {rate}' if rate else 'the learning rate of each recipe'}",
         f"{labels} labels per class, {last}",
+        last_all,
+        tokenizer,
         students,
-        "; ".join(sorted({machine(run) for run in before + after})),
+        "; ".join(sorted({machine(run) for run in before + few + every})),
     )
 
 
@@ -254,6 +339,15 @@ def common(values: Iterable[str], what: str) -> str:
     if len(found) > 1:
         raise RunError(f"{what} differ, so there is nothing to compare: {', '.join(found)}")
     return found[0] if found else MISSING
+
+
+def common_rate(runs: Sequence[Run]) -> str:
+    """The peak learning rate of all methods, or nothing where each has its recipe's."""
+    peaks = [run.config.optim.lr for run in runs]
+    own = [read_recipe(recipe)["optim"]["lr"] for recipe in (run.path.name for run in runs)]
+    if len(set(peaks)) > 1 and peaks == own:
+        return ""
+    return common((f"{peak:g}" for peak in peaks), "learning rates of pre-training")
 
 
 def length(run: Run) -> str:
@@ -287,10 +381,10 @@ def reading(page: str) -> str:
 
 
 def chart(rows: Sequence[Row]) -> Figure:
-    """A dot for every seed and a line at their mean, for both ways of judging; told apart by place, not by colour."""
+    """A dot for every seed and a line at their mean, for all ways of judging; told apart by place, not by colour."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.9 + 0.38 * len(rows)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 0.9 + 0.38 * len(rows)), layout="constrained", facecolor="white")
     panels = figure.subplots(1, len(JUDGED), sharey=True)
     for panel, (how, title) in zip(panels, JUDGED.items(), strict=True):
         for place, row in enumerate(rows):
@@ -316,6 +410,7 @@ def png(figure: Figure) -> bytes:
 
 def page_text(rows: Sequence[Row], facts: Facts, reading: str) -> str:
     seeds = " ".join(map(str, facts.seeds))
+    tokenizer = f"\n- BEiT's tokenizer: a discrete VAE, {facts.tokenizer}." if facts.tokenizer else ""
     return f"""# Results: every method at an equal budget
 
 Written by the command below from its run folders, all but the section Reading.
@@ -325,8 +420,10 @@ python -m benchmarks.method_table --train TRAIN --test TEST --out RUNS --seeds {
     {facts.budget}
 ```
 
-- Students: {facts.students}; pre-training: {facts.schedule}; one teacher for all.
-- Probe: logistic regression on frozen features, all training labels. Fine-tuned: {facts.labels}, drawn by the seed.
+- Students: {facts.students}; pre-training: {facts.schedule}; one teacher for all that distil.{tokenizer}
+- Probe: a linear probe, logistic regression on frozen features with all training labels. Fine-tuned with few labels:
+  {facts.labels}, drawn by the seed; with all: {facts.all_labels}.
+- Supervised: the same encoder trained with all labels, at the same schedule; then judged like the others.
 - Machine: {facts.machine}.
 - Seconds are those of one pre-training. The methods of a seed were trained side by side: what the teacher answers
   to several of them alike counts for the first that asked.
@@ -346,6 +443,13 @@ in how many seeds the first method is ahead.
 
 {papers_table(rows)}
 
+## Few labels or many
+
+The paper's pattern: masked images are ahead where labels are many, contrast where they are few and where features stay
+frozen. Means over methods and seeds.
+
+{groups_table(rows)}
+
 ## Reading
 
 {READING[0]}
@@ -359,7 +463,11 @@ def results_table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
         "method",
         "last losses",
         "seconds",
-        *(f"{title}: {part}" for title in ("probe", "fine-tuned") for part in ("seeds", "mean", "spread")),
+        *(
+            f"{title}: {part}"
+            for title in ("probe", "few labels", "all labels")
+            for part in ("seeds", "mean", "spread")
+        ),
     ]
     lines = []
     for row in rows:
@@ -387,6 +495,20 @@ def papers_table(rows: Sequence[Row]) -> str:
             cells = [difference(known[first].results(how), known[second].results(how)) for how in JUDGED]
             lines.append([f"{RECIPES[first]} - {RECIPES[second]}", numbers, *cells])
     return markdown(lines)
+
+
+def groups_table(rows: Sequence[Row]) -> str:
+    """Means over the methods of a group that have results, and the difference of two groups."""
+    known = {row.recipe: row for row in rows}
+    lines, means = [["group", "methods", *JUDGED.values()]], []
+    for title, recipes in GROUPS.items():
+        there = [known[recipe] for recipe in recipes if recipe in known]
+        values = [[mean(row.results(how).values()) for row in there if row.results(how)] for how in JUDGED]
+        means.append([mean(found) if found else None for found in values])
+        names = ", ".join(RECIPES[row.recipe] for row in there) or MISSING
+        lines.append([title, names, *(MISSING if value is None else f"{value:.1f}" for value in means[-1])])
+    between = [MISSING if a is None or b is None else f"{a - b:+.1f}" for a, b in zip(*means, strict=True)]
+    return markdown([*lines, ["difference", "", *between]])
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> str:

@@ -10,25 +10,31 @@ from torch import Tensor
 
 from benchmarks.contenders import RATIO, Step, images, trainer
 from benchmarks.plain import Case, fill, noises
+from benchmarks.plain_baselines import MOMENTUM, Baseline, inputs
 from mimlet.config import validate
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
 from mimlet.methods.base import Clock, Method
+from mimlet.methods.beit import BEiT
 from mimlet.methods.mae import MAE, build_decoder
-from mimlet.methods.settings import METHODS, DecoderSettings
+from mimlet.methods.settings import METHODS, BEiTSettings, DecoderSettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.tokenizer import Tokenizer
+from mimlet.models.vit import ViT, ViTShape, build_encoder
+from mimlet.train.optim import follow
+
+CLOCK = Clock(0, 1, 1, 0)
 
 
 def mimlet_mae(batch: int, bf16: bool) -> Step:
     encoder = ViT(ViTShape())
     method = MAE(encoder, build_decoder(encoder, DecoderSettings()))
-    pixels, clock = images(batch), Clock(0, 1, 1, 0)
+    pixels = images(batch)
 
     def loss() -> Tensor:
         mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), clock)
+        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), CLOCK)
         return losses["reconstruction"]
 
     return trainer(method, loss, bf16, fused=True)
@@ -78,7 +84,7 @@ def method(case: Case, bf16_teacher: bool) -> Method:
 
 
 def loss_of(method: Method, batch: Batch) -> Tensor:
-    losses = method(batch, Clock(0, 1, 1, 0))
+    losses = method(batch, CLOCK)
     return torch.stack([weight * losses[name] for name, weight in method.weights.items()]).sum()
 
 
@@ -91,3 +97,89 @@ def batch_of(method: Method, pixels: Tensor, noise: Tensor) -> Batch:
 def mimlet_step(batch: int, bf16: bool, case: Case) -> Step:
     made, pixels, noise = method(case, bf16), images(batch, case.size), noises(batch, case)
     return trainer(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, fused=True)
+
+
+class Given(Tokenizer):
+    """Names patches [B,N] as it is told to, whatever it sees."""
+
+    def __init__(self, codes: int, ids: Tensor) -> None:
+        super().__init__()
+        side = round(ids.shape[1] ** 0.5)
+        self.vocab_size, self.stride, self.ids = codes, 8, ids.view(-1, side, side)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.ids
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "simmim": {"position": "none", "relative": "shared", "qv_bias": True},
+    "maskfeat": {"position": "learned"},
+    "beit": {"position": "learned", "qv_bias": True},
+    "bootmae": {"qv_bias": True},
+    "dino": {"position": "learned"},
+    "mocov3": {},
+}
+"""What sets the baselines' encoders apart, as in their recipes."""
+
+
+def baseline(case: Baseline, given: dict[str, Tensor]) -> Method:
+    """The method of a case, with sizes as in the recipes; followers are separate tensors that are not trained."""
+    student, name = case.student, case.method
+    sizes: dict[str, dict[str, Any]] = {
+        "simmim": {"mask_px": 2 * case.patch},
+        "dino": {
+            "outputs": case.outputs, "local_size": case.local_size, "local_crops": case.locals,
+            "freeze_last": 0,
+        },
+        "beit": {"tokenizer": "given"},
+        "mocov3": {"hidden": case.hidden},
+    }  # fmt: skip
+    config = validate(
+        {
+            "encoder": {
+                "name": "vit_tiny", "image_size": case.size, "patch": case.patch,
+                "dim": student.dim, "depth": student.depth, "heads": student.heads, **FORMS[name],
+            },
+            "method": {"name": name, **sizes.get(name, {})},
+            "schedule": {"steps": 1},
+        }
+    )  # fmt: skip
+    if name == "beit":
+        encoder, settings = build_encoder(config.encoder), config.method
+        assert isinstance(settings, BEiTSettings)
+        made: Method = BEiT(encoder, Given(case.codes, given["ids"]), settings.masking, ((0.5,) * 3, (0.5,) * 3))
+    else:
+        made = METHODS[name].load().build(config)
+    for follower in made.ema:
+        getattr(made, follower).requires_grad_(False)
+    fill(made)
+    if name == "mocov3":  # as the released code begins, and the plain formulation
+        for follower, leader in made.ema.items():
+            getattr(made, follower).load_state_dict(getattr(made, leader).state_dict())
+    return made
+
+
+def baseline_batch(case: Baseline, given: dict[str, Tensor]) -> Batch:
+    """The same inputs as a batch."""
+    views = {name: view for name, view in given.items() if view.dim() == 4}
+    masks = {}
+    if "hidden" in given:
+        exact = case.method == "bootmae"
+        visible = int((~given["hidden"][0]).sum())
+        order = given["noise"].argsort(1)
+        masks["mask"] = Mask.from_order(order, visible) if exact else Mask.from_hidden(given["hidden"])
+    if case.method == "beit":
+        views["tokens"] = views["image"][..., : case.size // 2, : case.size // 2]
+    return Batch(views, torch.arange(len(next(iter(views.values())))), masks)
+
+
+def mimlet_baseline(batch: int, bf16: bool, case: Baseline) -> Step:
+    given = inputs(case, batch)
+    made, ready = baseline(case, given), baseline_batch(case, given)
+
+    def after() -> None:
+        for follower, leader in made.ema.items():
+            follow(getattr(made, follower), getattr(made, leader), MOMENTUM[case.method])
+        made.after_step(CLOCK)
+
+    return trainer(made, lambda: loss_of(made, ready), bf16, True, lambda: made.on_gradients(CLOCK), after)

@@ -327,3 +327,13 @@ def test_unknown_classes_are_refused_in_evaluation(photos: Path, tmp_path: Path,
     other = make_folder(tmp_path / "other", ("ant", "bea", "cat"), each=2)
     text = answer(finetune_arguments(photos, tmp_path / "run", f"data.eval=['{other}']"))
     assert "has 1 of 3 classes outside the 3 expected ones: 'bea' (did you mean 'bee'?)" in text
+
+
+def test_an_encoder_that_has_seen_otherwise_normalised_images(photos: Path, tmp_path: Path, answer: Answer) -> None:
+    half = ("data.augment.mean=[0.5,0.5,0.5]", "data.augment.std=[0.5,0.5,0.5]")
+    encoder = pretrain(photos, tmp_path / "mae", *half)
+    tuned = finetune_arguments(photos, tmp_path / "out", "--encoder", str(encoder))
+    said = answer(tuned)
+    assert "has seen images normalised with mean [0.5,0.5,0.5] and std [0.5,0.5,0.5], and here they get [0.485," in said
+    assert f"set {half[0]} {half[1]}" in said
+    assert main([*tuned, *half]) == 0

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from benchmarks import ours, plain
+from benchmarks import ours, plain, plain_baselines
 from benchmarks.contenders import images
 from benchmarks.plain import Case, Shape
+from benchmarks.plain_baselines import BASELINES, Baseline
 
 BATCH = 2
 SIZES = {
@@ -51,3 +52,48 @@ def test_ours_and_the_plain_formulation_have_one_loss_and_one_gradient(method: s
 def test_in_bf16_they_stay_together(method: str) -> None:
     our_loss, _, plain_loss, _ = both(method, bf16=True)
     assert_close(our_loss, plain_loss, rtol=0.03, atol=0.0)
+
+
+def both_baselines(method: str, bf16: bool) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """The same of a baseline; its image has 16 patches."""
+    case = Baseline(method, Shape(48, 3, 6), size=32, patch=8, codes=50, outputs=64, hidden=40, locals=2)
+    given = plain_baselines.inputs(case, 4)
+    made, written = ours.baseline(case, given), BASELINES[method](case)
+    plain.fill(written)
+    written.begin()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        our_loss = ours.loss_of(made, ours.baseline_batch(case, given))
+        plain_loss = written(given)
+    results: list[Tensor | dict[str, Tensor]] = []
+    for loss, model, finish in (
+        (our_loss, made, lambda: made.on_gradients(ours.CLOCK)),
+        (plain_loss, written, written.clip),
+    ):
+        loss.backward()
+        finish()
+        gradients = {name: p.grad for name, p in plain.parameters(model).items() if p.grad is not None}
+        results += [loss.detach(), gradients]
+    return tuple(results)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_ours_and_the_plain_baseline_have_one_loss_and_one_gradient(method: str) -> None:
+    our_loss, our_gradients, plain_loss, plain_gradients = both_baselines(method, bf16=False)
+    assert_close(our_loss, plain_loss, rtol=1e-4, atol=0.0)
+    assert our_gradients.keys() == plain_gradients.keys()
+    assert_close(our_gradients, plain_gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_stay_together_in_bf16(method: str) -> None:
+    our_loss, _, plain_loss, _ = both_baselines(method, bf16=True)
+    assert_close(our_loss, plain_loss, rtol=0.03, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["bootmae", "dino", "mocov3"])
+def test_their_followers_follow_alike(method: str) -> None:
+    case = Baseline(method, Shape(24, 2, 3), size=32, patch=8, outputs=64, hidden=40, locals=2)
+    ours_step, plain_step = ours.mimlet_baseline(4, False, case), plain_baselines.step(4, False, case)
+    mine, written = [ours_step() for _ in range(4)], [plain_step() for _ in range(4)]
+    assert mine == pytest.approx(written, rel=2e-3)
+    assert len(set(mine)) == 4

@@ -57,7 +57,7 @@ def test_every_problem_is_reported_at_once() -> None:
             "method.name",
             "maee",
             "method.name: 'maee' (did you mean 'mae'?); known: mae, dmae, tinymim, mimhd, g2sd, dmae_features, "
-            "classify, linear_probe",
+            "simmim, maskfeat, beit, dvae, bootmae, dino, mocov3, classify, linear_probe",
         ),
         ("optim.name", "adam", "optim.name: Input should be 'adamw', 'sgd' or 'lars', got 'adam'"),
     ],
@@ -142,6 +142,11 @@ def test_override_values(text: str, expected: dict[str, Any]) -> None:
 def test_a_word_that_is_no_override(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not an override; expected section\.key=value"):
         parse_override(text)
+
+
+def test_none_is_a_name_where_there_is_such_a_name() -> None:
+    config = load_config("mae_tiny", ["encoder.position=none", "encoder.relative=none"])
+    assert (config.encoder.position, config.encoder.relative) == ("none", "none")
 
 
 def test_precedence_recipe_then_base_then_overrides() -> None:

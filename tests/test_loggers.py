@@ -100,7 +100,7 @@ def test_both_get_settings_numbers_and_pictures(fakes: list[Fake], tmp_path: Pat
         run.log("train", 5, 0.5, 1.0, {"total": 0.75, "lr": 0.5})
         run.log("eval", 5, 0.5, 1.0, {"knn_top1": 50.0})
         run.log("note", 5, 0.5, 1.0, {"text": "no number"})
-        run.picture(5, png("blue"), {"original": png("red")})
+        run.picture(5, {"original": png("red"), "reconstruction": png("blue")})
     wandb, mlflow = fakes
     assert wandb.options == {
         "project": "flowers",
@@ -149,7 +149,7 @@ def test_one_that_fails_is_noted_and_left_out(fakes: list[Fake], tmp_path: Path,
     def train() -> None:
         for step in (5, 6):
             run.log("train", step, step / 10, 1.0, {"total": 0.75})
-            run.picture(step, png(), {})
+            run.picture(step, {"reconstruction": png()})
         run.close()
 
     with pytest.warns(UserWarning, match="wandb failed and gets no more: OSError: no network") as warned:

@@ -10,7 +10,7 @@ import pytest
 
 from mimlet.cli import main
 from mimlet.config import Config, load_config, read_recipe, recipe_header, recipe_paths, smoke, sweep_points, validate
-from mimlet.methods.settings import METHODS, ClassifySettings
+from mimlet.methods.settings import METHODS, ClassifySettings, DVAESettings
 
 RECIPES = recipe_paths()
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
@@ -20,6 +20,7 @@ def needed(values: dict[str, Any]) -> list[str]:
     """Overrides that give a recipe the inputs it cannot do without."""
     method = values["method"]
     given = ["teacher.path=teacher"] if METHODS[method["name"]].teacher or "distill" in method else []
+    given += ["method.tokenizer=tokenizer"] if method["name"] == "beit" else []
     return given + (["encoder.weights=encoder"] if method["name"] == "linear_probe" else [])
 
 
@@ -78,9 +79,11 @@ def test_its_commands_are_understood(name: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("name", [name for name, path in RECIPES.items() if path.parent.name == "small"])
 def test_small_students_and_teachers_share_a_grid(name: str) -> None:
-    encoder = load(name).encoder
+    config = load(name)
+    encoder, method = config.encoder, config.method
     assert encoder.image_size == (64 if "64" in name else 32)
-    assert encoder.image_size // encoder.resolved()["patch"] == 8
+    patch = 2**method.layers if isinstance(method, DVAESettings) else encoder.resolved()["patch"]
+    assert encoder.image_size // patch == 8
 
 
 def test_docs_list_every_recipe() -> None:
@@ -147,6 +150,55 @@ PAPER: dict[str, dict[str, Any]] = {
     "classify_tiny_100ep": FINETUNE | {"schedule.epochs": 100},
     "classify_small_vit": FINETUNE | {"optim.layer_decay": 0.75, "encoder.name": "vit_small"},
     "scratch_tiny": FINETUNE | {"optim.layer_decay": 1.0},
+    "beit_tiny": {
+        "schedule.batch": 2048,
+        "schedule.epochs": 400,
+        "schedule.warmup_epochs": 10,
+        "optim.name": "adamw",
+        "optim.betas": (0.9, 0.999),
+        "optim.eps": 1e-8,
+        "optim.lr": 1.5e-3,
+        "optim.lr_batch": 0,
+        "optim.min_lr": 1e-5,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 3.0,
+        "method.masking.ratio": 75 / 196,
+        "method.masking.smallest": 16 / 196,
+        "data.augment.crop_scale": (0.08, 1.0),
+        "data.augment.interpolation": "bicubic",
+        "data.augment.color_jitter": 0.4,
+        "data.augment.flip": 0.5,
+        "data.augment.mean": (0.485, 0.456, 0.406),
+        "encoder.position": "learned",
+        "encoder.relative": "none",
+        "encoder.layer_scale": None,
+        "encoder.qv_bias": True,
+        "encoder.drop_path": 0.1,
+    },
+    "augreg_tiny": {
+        "schedule.batch": 4096,
+        "schedule.epochs": 300,
+        "optim.name": "adamw",
+        "optim.betas": (0.9, 0.999),
+        "optim.lr": 1e-3,
+        "optim.lr_batch": 0,
+        "optim.weight_decay": 0.1,
+        "optim.clip": 1.0,
+        "method.loss": "sigmoid",
+        "method.pool": "mean",
+        "method.mixup": 0.0,
+        "method.smoothing": 0.0,
+        "data.augment.randaugment": "",
+        "data.augment.color_jitter": 0.0,
+        "data.augment.crop_scale": (0.05, 1.0),
+        "encoder.position": "learned",
+        "encoder.drop_path": 0.0,
+    },
+    "classify_tiny_baselines": FINETUNE
+    | {"optim.layer_decay": 0.75, "sweep": {"optim.layer_decay": [0.65, 0.75, 0.85, 1.0]}},
+    "classify_tiny_simmim": FINETUNE
+    | {"encoder.position": "none", "encoder.relative": "qv", "encoder.layer_scale": None}
+    | {"sweep": {"optim.layer_decay": [0.65, 0.75, 0.85, 1.0]}},
     "classify_tiny_original": FINETUNE
     | {"method.mixup": 0.8, "method.cutmix": 1.0, "method.smoothing": 0.1, "method.erasing": 0.25}
     | {"encoder.drop_path": 0.1, "data.augment.color_jitter": 0.4, "data.augment.randaugment": "rand-m9-mstd0.5-inc1"}

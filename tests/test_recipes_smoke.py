@@ -39,9 +39,16 @@ def train(recipe: str, images: Path, out: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What other recipes start from: teachers of both shapes, a student's encoder, a classifier that teaches labels."""
+    """What other recipes start from: teachers of both shapes, a student's encoder, a tokenizer, a classifier that
+    teaches labels.
+    """
     folder = tmp_path_factory.mktemp("runs")
-    recipes = {"vit_base": "mae_base_teacher", "micro": "mae_micro_teacher32", "encoder": "mae_tiny"}
+    recipes = {
+        "vit_base": "mae_base_teacher",
+        "micro": "mae_micro_teacher32",
+        "encoder": "mae_tiny",
+        "tokenizer": "dvae",
+    }
     made = {name: train(recipe, images, folder / name) for name, recipe in recipes.items()}
     made["labels"] = train("scratch_tiny", images, folder / "labels")
     return {name: str(path) for name, path in made.items()}
@@ -56,6 +63,8 @@ def test_smoke_form_trains(recipe: str, images: Path, runs: dict[str, str], tmp_
         overrides.append(f"teacher.path={runs['micro' if 'micro' in recipe else 'vit_base']}")
     if "distill" in method:
         overrides.append(f"teacher.path={runs['labels']}")
+    if method["name"] == "beit":
+        overrides.append(f"method.tokenizer={runs['tokenizer']}")
     if method["name"] == "linear_probe":
         overrides.append(f"encoder.weights={runs['encoder']}")
     out = train(recipe, images, tmp_path / "run", *overrides)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mimlet.api import run_pictures
 from mimlet.config import Config, load_config
 from mimlet.errors import RunError
-from mimlet.run import RunFolder, read_pictures, read_run
+from mimlet.run import RunFolder, Shown, read_pictures, read_run, read_shown
 
 
 def config(**changes: Any) -> Config:
@@ -94,12 +95,16 @@ def png(colour: str) -> bytes:
 FIXED = {"original": png("red"), "visible": png("grey")}
 
 
+def rows(colour: str) -> dict[str, bytes]:
+    return {**FIXED, "reconstruction": png(colour)}
+
+
 def test_pictures_of_moments_come_back_in_order(tmp_path: Path) -> None:
     assert read_pictures(tmp_path) == {}
     with RunFolder.create(tmp_path, config()) as run:
         for step, colour in ((1200, "blue"), (0, "black"), (99, "green")):
             assert not run.has_picture(step)
-            run.picture(step, png(colour), FIXED)
+            run.picture(step, rows(colour))
             assert run.has_picture(step)
     shown = {"step 0": png("black"), "step 99": png("green"), "step 1,200": png("blue")}
     assert list(read_pictures(tmp_path).items()) == [*FIXED.items(), *shown.items()]
@@ -112,14 +117,36 @@ def test_pictures_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
             run.rewind(10)
             assert [run.has_picture(step) for step in (0, 10, 11)] == [resumed, resumed, False]
             for step in (0, 10, 11):
-                run.picture(step, png("blue"), FIXED)
+                run.picture(step, rows("blue"))
 
 
 def test_pictures_of_other_images_are_dropped(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, config()) as run:
-        run.picture(0, png("blue"), FIXED)
-        run.picture(5, png("blue"), FIXED | {"visible": png("white")})
+        run.picture(0, rows("blue"))
+        run.picture(5, rows("blue") | {"visible": png("white")})
     assert list(read_pictures(tmp_path)) == ["original", "visible", "step 5"]
+
+
+def test_methods_have_rows_of_their_own(tmp_path: Path) -> None:
+    shown = {"original": png("red"), "crops": png("white"), "attention": png("blue")}
+    with RunFolder.create(tmp_path, config()) as run:
+        run.picture(0, rows("green"), "Look.")
+        assert read_shown(tmp_path) == Shown(("original", "visible", "reconstruction"), "Look.")
+        run.picture(5, shown, "Grey is nothing.")
+        run.picture(6, shown, "Grey is nothing.")
+    assert read_shown(tmp_path) == Shown(("original", "crops", "attention"), "Grey is nothing.")
+    assert list(read_pictures(tmp_path)) == ["original", "crops", "step 5", "step 6"], "what was shown before is gone"
+
+
+def test_pictures_of_runs_that_do_not_say_what_they_show(tmp_path: Path) -> None:
+    for resumed in (False, True):
+        with RunFolder.create(tmp_path, config(), resume=resumed) as run:
+            run.picture(5 * resumed, rows("blue"))
+        (tmp_path / "pictures.json").unlink()
+        assert list(read_pictures(tmp_path)) == ["original", "visible", "step 0", "step 5"][: 3 + resumed]
+    (film,) = run_pictures(tmp_path)
+    assert film.title == "Reconstruction as training goes"
+    assert film.caption == "Hidden patches are predicted, visible ones are the original."
 
 
 def test_tensorboard_gets_the_pictures(tmp_path: Path) -> None:
@@ -128,8 +155,8 @@ def test_tensorboard_gets_the_pictures(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, config(run__tensorboard="true")) as run:
         run.rewind(0)
         run.log("eval", 0, 0, 0, {"knn_top1": 1.0})
-        run.picture(0, png("black"), FIXED)
-        run.picture(9, png("blue"), FIXED)
+        run.picture(0, rows("black"))
+        run.picture(9, rows("blue"))
         run.image("confusion", 9, png("green"))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -38,6 +38,7 @@ from mimlet.methods.settings import METHODS
 from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
 from mimlet.models.teacher import Teachers
+from mimlet.models.tokenizer import DiscreteVAE
 from mimlet.models.vit import ViT
 from mimlet.models.weights import (
     DECODER_FILE,
@@ -47,8 +48,8 @@ from mimlet.models.weights import (
     open_checkpoint,
     shape_of_checkpoint,
 )
-from mimlet.report import Picture, film, reconstruction_grid, write_report
-from mimlet.run import FIXED, RunFolder, read_pictures, read_run
+from mimlet.report import Picture, film, image_grid, write_report
+from mimlet.run import RunFolder, read_pictures, read_run, read_shown
 from mimlet.tables import print_table, write_csv
 from mimlet.tasks.classify import Classify
 from mimlet.tasks.heads import head_losses
@@ -65,7 +66,7 @@ from mimlet.tasks.robustness import (
 from mimlet.tasks.shifts import parse_shifts
 from mimlet.train.distributed import make_fabric
 from mimlet.train.loop import Evaluate, FitResult, Job, fit_together
-from mimlet.train.watch import SHOWN, EncoderJudge, Reconstructions
+from mimlet.train.watch import SHOWN, EncoderJudge, Pictures
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -229,13 +230,15 @@ class _Training:
 
         torch.manual_seed(key("init", config.seed))
         self.method = entry.load().build(config, len(source.classes) if entry.labels else 0, teachers)
-        found = (getattr(part, "load_report", None) for part in (self.method, getattr(self.method, "teacher", None)))
+        report = getattr(self.method, "load_report", None)
+        _check_normalisation(report, config)
+        found = (report, getattr(getattr(self.method, "teacher", None), "load_report", None))
         self.loaded = [report for report in found if isinstance(report, LoadReport)]
         for report in self.loaded:
             say(str(report))
         transform = self.method.transform(data.augment, config.encoder.image_size)
         self.dataset = ImageDataset(source, transform, self.method.masks(), seed=config.seed, indices=indices)
-        self.reconstructions = Reconstructions(config, self.dataset, fabric)
+        self.pictures = Pictures(config, self.dataset, fabric)
 
     def open(self, resume: bool, allow_changes: bool, command: list[str]) -> RunFolder:
         """Makes or reopens the run folder."""
@@ -250,7 +253,7 @@ class _Training:
     def look(self, method: Method, step: int) -> None:
         """Keeps what the method makes of fixed images."""
         assert self.run is not None
-        self.reconstructions.keep(method, step, self.run)
+        self.pictures.keep(method, step, self.run)
 
     def _judge_labels(self, task: Method) -> dict[str, float]:
         """Judges the method on `data.eval`."""
@@ -271,11 +274,12 @@ class _Training:
         _export(self.method, self.config, folder, self.source.classes)
         if self.scores is not None:
             self.run.image("confusion", result.steps, _write_scores(folder, self.scores, self.source.classes))
-        if rows := self.reconstructions.rows(self.method):
-            picture = reconstruction_grid(*rows.values(), mean=augment.mean, std=augment.std, columns=SHOWN)
-            write_atomic(folder / "reconstruction.png", picture)
+        if rows := self.pictures.rows(self.method):
+            self.run.shows(rows, self.method.picture_caption)
+            picture, last = image_grid(rows, mean=augment.mean, std=augment.std, columns=SHOWN), list(rows)[-1]
+            write_atomic(folder / f"{last}.png", picture)
             if not self.config.run.pictures:
-                self.run.image("reconstruction", result.steps, picture)
+                self.run.image(last, result.steps, picture)
         if self.config.run.report:
             run_page([folder], folder / "report.html")
         self.say(_closing(folder, result, METHODS[self.config.method.name].labels))
@@ -445,6 +449,8 @@ def export(run: str | Path, *, to: str | Path = "exported", form: Literal["timm"
     if folder.resolve() == source.resolve():
         raise RunError(f"{run} itself is already in this form: {source / ENCODER_FILE}")
     if not (source / DESCRIPTION_FILE).is_file():
+        if (source / ENCODER_FILE).is_file():
+            open_checkpoint(source)  # says what it is, where it is no encoder
         raise RunError(f"{run} has no {DESCRIPTION_FILE}: the run is not finished; continue it with --resume")
     for name in (ENCODER_FILE, DECODER_FILE, DESCRIPTION_FILE):
         if (source / name).is_file():
@@ -466,37 +472,40 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path
 
 def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
     """The pictures that a run has left in its folder."""
-    how = (
-        "Hidden patches are predicted, visible ones are the original; with two views, each patch is from the one "
-        "that hides it. "
-        "With normalised-pixel targets a patch's own mean and contrast are put back."
-    )
+    shown, rows = read_shown(folder), read_pictures(folder)
+    *fixed, last = shown.rows
+    pictures, moments = [], [label for label in rows if label not in fixed]
     known = {
-        "reconstruction.png": (
-            "Reconstruction",
-            "Rows of training images: the original, what the decoder is shown of it, and what it makes of that",
-            how,
-        ),
+        f"{last}.png": (last.capitalize(), f"Rows of training images: {', '.join(shown.rows)}", shown.caption),
         "confusion.png": (
             "Confusion",
             "Matrix of true classes against predicted classes",
             "Rows are true classes; each sums to 100 %.",
         ),
     }
-    pictures, rows = [], read_pictures(folder)
-    if len(rows.keys() - set(FIXED)) > 1:
-        del known["reconstruction.png"]
-        title = f"{prefix}Reconstruction as training goes"
-        alt = (
-            "Rows of the same training images: the original, what the decoder is shown of it, and what it makes of "
-            f"that, from {next(name for name in rows if name not in FIXED)} to {next(reversed(rows))}"
-        )
-        pictures.append(Picture(title, film(rows), alt, how))
+    if len(moments) > 1:
+        del known[f"{last}.png"]
+        alt = f"Rows of the same training images: {', '.join(fixed)}, {last} from {moments[0]} to {moments[-1]}"
+        pictures.append(Picture(f"{prefix}{last.capitalize()} as training goes", film(rows), alt, shown.caption))
     return pictures + [
         Picture(prefix + title, (folder / name).read_bytes(), alt, caption)
         for name, (title, alt, caption) in known.items()
         if (folder / name).is_file()
     ]
+
+
+def _check_normalisation(report: LoadReport | None, config: Config) -> None:
+    """`ConfigError` where an encoder goes on with images normalised otherwise than those it has seen."""
+    given = (config.data.augment.mean, config.data.augment.std)
+    own = report.normalised if report else None
+    if own is not None and own != given:
+        (mean, std), (now_mean, now_std) = (
+            [f"[{','.join(map(str, values))}]" for values in normalisation] for normalisation in (own, given)
+        )
+        raise ConfigError(
+            f"{config.encoder.weights} has seen images normalised with mean {mean} and std {std}, and here they get "
+            f"{now_mean} and {now_std}; set data.augment.mean={mean} data.augment.std={std}"
+        )
 
 
 def loader_workers(setting: int, fabric: Fabric) -> int:
@@ -583,6 +592,8 @@ def _export(method: Method, config: Config, folder: Path, classes: Sequence[str]
     if isinstance(method, Classify):
         names = list(classes) or [str(i) for i in range(method.classes)]
         export_classifier(folder, method, classes=names, mean=augment.mean, std=augment.std, info=info)
+    elif isinstance(method.encoder, DiscreteVAE):
+        method.encoder.save(folder, info)
     else:
         assert isinstance(method.encoder, ViT)
         decoder = getattr(method, "decoder", None)

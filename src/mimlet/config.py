@@ -21,9 +21,11 @@ from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import (
     METHODS,
     TERMS,
+    BEiTSettings,
     ClassifySettings,
     DecoderSettings,
     LinearProbeSettings,
+    MaskFeatSettings,
     MethodSettings,
 )
 from mimlet.models.zoo import SIZES
@@ -57,6 +59,9 @@ OPTIONS = {
 AsText = BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
 """`precision=32` is a number to TOML, and no mistake."""
 
+OrNone = BeforeValidator(lambda value: "none" if value is None else value)
+"""An override's `position=none` is the name, here, and not the lack of a value."""
+
 
 class EncoderSettings(Section):
     """The encoder: a name from the zoo, with any of its numbers replaced (0 = as the name says)."""
@@ -69,8 +74,8 @@ class EncoderSettings(Section):
     heads: int = Field(0, ge=0)
     mlp_ratio: float = Field(4.0, gt=0)
     class_token: bool = True
-    position: Literal["sincos", "learned", "none"] = "sincos"
-    relative: Literal["none", "full", "qv", "shared"] = Field(
+    position: Annotated[Literal["sincos", "learned", "none"], OrNone] = "sincos"
+    relative: Annotated[Literal["none", "full", "qv", "shared"], OrNone] = Field(
         "none",
         description="relative position bias; full: per block, qkv bias kept; qv: per block, the 2023 form; shared: one "
         "for all blocks",
@@ -249,7 +254,9 @@ class RunSettings(Section):
     checkpoint_steps: int = Field(0, ge=0, description="additionally every so many steps")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     pictures: int = Field(
-        8, ge=0, description="so many times, from before the first step to the end, reconstructions are kept; 0: never"
+        8,
+        ge=0,
+        description="so many times, from before the first step to the end, pictures are kept; 0: only at the end",
     )
     tensorboard: bool = True
     wandb: str = Field("", description="project of Weights & Biases that gets numbers and pictures too; empty: off")
@@ -277,10 +284,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         method, problems = self.method, []
-        distils = isinstance(method, ClassifySettings) and method.distill.kind != "none"
-        if (METHODS[method.name].teacher or distils) and not self.teacher.path:
+        wish = ""
+        if isinstance(method, ClassifySettings) and method.distill.kind != "none":
+            wish = " for method.distill"
+        if isinstance(method, MaskFeatSettings) and method.target == "teacher":
+            wish = " for method.target"
+        if (METHODS[method.name].teacher or wish) and not self.teacher.path:
             problems.append(
-                f"teacher.path: method '{method.name}' needs a teacher{' for method.distill' if distils else ''}; "
+                f"teacher.path: method '{method.name}' needs a teacher{wish}; "
                 "give --teacher (a run folder, a checkpoint file, a model's folder, timm:NAME or transformers:NAME)"
             )
         labels = METHODS[method.name].labels
@@ -300,15 +311,32 @@ class Config(Section):
             problems.append(
                 "encoder.weights: a linear probe needs a trained encoder; give --encoder (a run folder or a file)"
             )
-        decoder = getattr(method, "decoder", None)
-        if isinstance(decoder, DecoderSettings):
-            heads = decoder.heads
-            width = decoder.dim or self.encoder.resolved()["dim"] // 2
-            if width % heads or width % 4:
-                problems.append(
-                    f"method.decoder: width {width} must be divisible by its {heads} heads, "
-                    "and by 4 for the 2-D sin-cos positions"
-                )
+        if isinstance(method, BEiTSettings) and not method.tokenizer:
+            problems.append(
+                "method.tokenizer: method 'beit' needs a visual tokenizer; give method.tokenizer=PATH (the run folder "
+                "of the method dvae, or the weights of DALL-E's encoder or a VQGAN)"
+            )
+        if not METHODS[method.name].encoder:
+            given = {
+                "data.labelled": self.data.labelled,
+                "encoder.weights": self.encoder.weights,
+                "optim.layer_decay": self.optim.layer_decay < 1,
+            }
+            problems += [
+                f"{name}: method '{method.name}' trains a tokenizer, no encoder, and this is about encoders; remove it"
+                for name, value in given.items()
+                if value
+            ]
+        dim = self.encoder.resolved()["dim"]
+        for name, derived in (("decoder", dim // 2), ("feature_decoder", dim)):
+            decoder = getattr(method, name, None)
+            if isinstance(decoder, DecoderSettings):
+                heads, width = decoder.heads, decoder.dim or derived
+                if width % heads or width % 4:
+                    problems.append(
+                        f"method.{name}: width {width} must be divisible by its {heads} heads, "
+                        "and by 4 for the 2-D sin-cos positions"
+                    )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -501,6 +529,12 @@ def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
         merge(decoder, {"depth": 1, "dim": 4 * decoder.setdefault("heads", 3)})
     if "relations" in method:
         method["relations"]["teacher_layer"] = 0
+    if "mask_px" in METHODS[method["name"]].settings.model_fields:
+        method["mask_px"] = 16
+    if "local_size" in METHODS[method["name"]].settings.model_fields:
+        merge(method, {"local_size": 16, "outputs": 64, "hidden": 32, "bottleneck": 16})
+    if method["name"] == "mocov3":
+        merge(method, {"outputs": 16, "hidden": 32})
     small["schedule"] = {"batch": 8, "steps": 3, "warmup": 0.4, "eval_epochs": 0}
     small["sweep"] = {
         key: tried[:2] for key, tried in small.get("sweep", {}).items() if not key.startswith("schedule.")
@@ -522,6 +556,8 @@ def check_inputs(config: Config) -> None:
         )
     named = [(f"data.{key}", path) for key in ("path", "eval", "labelled") for path in getattr(config.data, key)]
     named += [("encoder.weights", config.encoder.weights or ""), ("teacher.path", config.teacher.path or "")]
+    if isinstance(config.method, BEiTSettings):
+        named.append(("method.tokenizer", config.method.tokenizer))
     subset = config.data.subset
     if not (subset.removesuffix("%").replace(".", "", 1).isdigit() or subset == "lt"):
         named.append(("data.subset", subset))

@@ -4,8 +4,9 @@
     environment.json    versions, hardware, the command
     metrics.jsonl       one JSON object per line: step, epoch, kind (train, eval or note), time, and the values
     unreadable.txt      name<TAB>reason of files that could not be read
-    pictures/           of fixed training images: original.png, visible.png, and what the method made of them after so
-                        many steps, 00001234.png
+    pictures/           of fixed training images: original.png, visible.png (other methods have other rows), and what
+                        the method made of them after so many steps, 00001234.png
+    pictures.json       the labels of these rows in order, and how to read them
     tensorboard/        the same metrics and pictures for TensorBoard
     loggers.json        what W&B and MLflow know the run by
     checkpoints/        see `mimlet.train.checkpoint`
@@ -22,7 +23,7 @@ import platform
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +44,15 @@ LINE_KEYS = ("step", "epoch", "kind", "time")
 PACKAGES = ("mimlet", "torch", "torchvision", "timm", "lightning-fabric", "safetensors", "numpy")
 
 
-FIXED = ("original", "visible")
-"""The pictures that do not change in training."""
+@dataclass(frozen=True)
+class Shown:
+    """What a run's pictures are: labels of the rows, the last of which changes in training, and how to read them.
+
+    The defaults are those of runs that have no `pictures.json`.
+    """
+
+    rows: tuple[str, ...] = ("original", "visible", "reconstruction")
+    caption: str = "Hidden patches are predicted, visible ones are the original."
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,17 @@ def read_metrics(path: Path) -> list[Line]:
 def read_pictures(folder: Path) -> dict[str, bytes]:
     """The pictures in a run folder, PNG by name, in order: `original`, `visible`, `step 0`, ... `step 1,234`."""
     moments = {f"step {step:,}": path for step, path in sorted(_moments(folder).items())}
-    files = {name: folder / "pictures" / f"{name}.png" for name in FIXED} | moments
+    files = {label: folder / "pictures" / f"{label}.png" for label in read_shown(folder).rows[:-1]} | moments
     return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+
+
+def read_shown(folder: Path) -> Shown:
+    """What the pictures in a run folder are."""
+    path = folder / "pictures.json"
+    if not path.is_file():
+        return Shown()
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Shown(tuple(values["rows"]), values["caption"])
 
 
 class RunFolder:
@@ -199,21 +216,29 @@ class RunFolder:
         """Whether there is a picture of the moment after `step` steps."""
         return step in _moments(self.path)
 
-    def picture(self, step: int, png: bytes, fixed: Mapping[str, bytes]) -> None:
-        """Keeps what the method makes of fixed images after `step` steps, and once the pictures named `FIXED`.
+    def shows(self, rows: Iterable[str], caption: str) -> None:
+        """Says what the run's pictures are. Where the rows have changed, the earlier moments are forgotten."""
+        shown = Shown(tuple(rows), caption)
+        if shown.rows != read_shown(self.path).rows:
+            self._forget_moments()
+        write_atomic(self.path / "pictures.json", json.dumps(asdict(shown), indent=2) + "\n")
+
+    def picture(self, step: int, rows: Mapping[str, bytes], caption: str = "") -> None:
+        """Keeps the last of the labelled rows, what the method makes of fixed images after `step` steps, and once the
+        others, which do not change.
 
         Where these have changed (other images after --allow-changes) the earlier moments are forgotten.
         """
-        folder = self.path / "pictures"
-        for name, content in fixed.items():
-            path = folder / f"{name}.png"
-            if not path.is_file() or path.read_bytes() != content:
-                for moment in _moments(self.path).values():
-                    moment.unlink()
-                write_atomic(path, content)
-                self.image(name, step, content)
-        write_atomic(folder / f"{step:08d}.png", png)
-        self.image("reconstruction", step, png)
+        self.shows(rows, caption)
+        folder, (*fixed, last) = self.path / "pictures", rows
+        for label in fixed:
+            path = folder / f"{label}.png"
+            if not path.is_file() or path.read_bytes() != rows[label]:
+                self._forget_moments()
+                write_atomic(path, rows[label])
+                self.image(label, step, rows[label])
+        write_atomic(folder / f"{step:08d}.png", rows[last])
+        self.image(last, step, rows[last])
 
     def unreadable(self, files: Iterable[tuple[str, str]]) -> None:
         """Lists (name, reason) of files that could not be read, each once."""
@@ -235,6 +260,10 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+    def _forget_moments(self) -> None:
+        for moment in _moments(self.path).values():
+            moment.unlink()
 
     def _tell(self, call: Callable[[Sink], None]) -> None:
         """Hands something to every logger. One that fails is noted and left out: training is worth more."""

@@ -37,7 +37,23 @@ SHAPES = {
     "layer scale": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, layer_scale=0.1),
     "relative": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, relative="full"),
     "relative qv": ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3, relative="qv", layer_scale=0.1),
+    "simmim": ViTShape(16, 8, 24, 2, 3, position="none", relative="shared", qv_bias=True),
+    "simmim, fine-tuned": ViTShape(16, 8, 24, 2, 3, position="none", relative="qv"),
+    "shared, all biases": ViTShape(16, 4, 24, 2, 3, mlp_ratio=1.5, relative="shared"),
+    "beit": ViTShape(16, 8, 24, 2, 3, position="learned", qv_bias=True),
+    "beit with all its parts": ViTShape(16, 8, 24, 2, 3, position="none", relative="qv", layer_scale=0.3),
+    "relative, no class token": ViTShape(16, 8, 24, 2, 3, relative="full", class_token=False),
+    "no positions": ViTShape(16, 8, 24, 2, 3, position="none"),
 }
+
+
+def class_of(shape: ViTShape) -> type[nn.Module] | None:
+    """timm's class for it."""
+    if shape.relative == "none" and not shape.qv_bias:
+        return timm.models.VisionTransformer
+    return timm.models.Beit if shape.class_token else None
+
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
 
 
@@ -84,11 +100,9 @@ def test_snippet_of_an_encoder(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     model = run(file.parent, monkeypatch)
     batch = images(encoder.shape)
     tokens = model(batch)
-    if "relative" in name:
-        assert isinstance(model, ViT)
+    assert isinstance(model, class_of(encoder.shape) or ViT)
+    if isinstance(model, ViT):
         tokens = tokens.tokens
-    else:
-        assert isinstance(model, timm.models.VisionTransformer)
     expected = encoder(batch).latent
     assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
     shown = f"[B, {expected.shape[1]}, {expected.shape[2]}]: "
@@ -111,7 +125,7 @@ def test_snippet_of_a_classifier(name: str, pool: str, tmp_path: Path, monkeypat
     model = run(tmp_path, monkeypatch)
     batch = images(task.encoder.shape)
     assert_close(model(batch), task.predict(batch), rtol=1e-5, atol=1e-5)
-    assert isinstance(model, Classifier if "relative" in name else timm.models.VisionTransformer)
+    assert isinstance(model, class_of(task.encoder.shape) or Classifier)
 
     ours = load(tmp_path)
     assert isinstance(ours, Classifier)
@@ -167,6 +181,34 @@ def test_layer_scale_has_timms_names(tmp_path: Path) -> None:
         .state_dict()
         .keys()
     )
+
+
+def test_the_beit_family_has_the_names_of_timms_beit(tmp_path: Path) -> None:
+    file = export_encoder(tmp_path, make("beit with all its parts"), mean=MEAN, std=STD)
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    assert (
+        load_file(file).keys()
+        == timm.create_model("beit_base_patch16_224", **size, num_classes=0, global_pool="").state_dict().keys()
+    )
+    assert json.loads((tmp_path / "encoder.json").read_text())["timm"]["kwargs"] == {
+        **size, "init_values": 0.3, "num_classes": 0, "global_pool": "",
+    }  # fmt: skip
+
+
+def test_published_beit_needs_no_argument() -> None:
+    shape = ViTShape(dim=768, position="none", relative="qv", layer_scale=0.1)
+    assert timm_arguments(shape, 1000, "mean") == (
+        "beit_base_patch16_224", {"num_classes": 1000, "global_pool": "avg"}
+    )  # fmt: skip
+
+
+def test_ours_reads_what_timms_beit_saves(tmp_path: Path) -> None:
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    model = timm.create_model("beit_base_patch16_224", **size, num_classes=5).eval()
+    vary(model)
+    torch.save(model.state_dict(), tmp_path / "beit.pth")
+    batch = images(SHAPES["beit"])
+    assert_close(load_classifier(tmp_path / "beit.pth", heads=3)(batch), model(batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -1,11 +1,11 @@
-"""Official MAE-lite weights (one flat model) brought into our parts."""
+"""Official weights (MAE-lite's are one flat model) brought into our parts."""
 
 import torch
 from torch import Tensor
 
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
-from mimlet.methods.base import Clock
+from mimlet.methods.base import Clock, Method
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT, ViTShape
 
@@ -31,3 +31,16 @@ def make_decoder(weights: dict[str, Tensor], encoder: ViT, dim: int, depth: int,
 
 def make_batch(io: dict[str, Tensor], ratio: float) -> Batch:
     return Batch({"image": io["imgs"]}, torch.arange(len(io["imgs"])), {"mask": Mask.from_noise(io["noise"], ratio)})
+
+
+def fill(method: Method, weights: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Loads official weights to the last tensor. `names`: how official names begin -> how ours do; the first that fits
+    counts, and an empty one of ours leaves the tensor aside. Convolutions of one pixel become linear layers.
+    """
+    state, known = {}, method.state_dict()
+    for name, value in weights.items():
+        theirs = next(start for start in names if name.startswith(start))
+        if names[theirs]:
+            ours = names[theirs] + name.removeprefix(theirs)
+            state[ours] = value.view_as(known[ours])
+    method.load_state_dict(state)

@@ -230,7 +230,7 @@ def test_pictures(views: int) -> None:
     pictures = term.pictures(student, batch)
     assert_close(pictures["original"], batch.images, rtol=1e-4, atol=1e-5)
     true, shown, made = (
-        patchify(teacher.inputs(pictures[name]), 4) for name in ("original", "masked", "reconstruction")
+        patchify(teacher.inputs(pictures[name]), 4) for name in ("original", "visible", "reconstruction")
     )
     hidden = mask.hidden[..., None]
     assert_close(shown, torch.where(hidden, 0.0, true), rtol=1e-4, atol=1e-5)

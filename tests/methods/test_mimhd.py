@@ -177,7 +177,7 @@ def test_pictures() -> None:
     method = build()
     batch = batch_of(method)
     pictures = method.pictures(batch)
-    assert set(pictures) == {"original", "masked", "reconstruction"}
+    assert set(pictures) == {"original", "visible", "reconstruction"}
     assert_close(pictures["original"], batch.images)
     hidden = batch.masks["views"].hidden
-    assert torch.equal(patchify(pictures["masked"], 4).abs().sum(dim=-1) == 0, hidden)
+    assert torch.equal(patchify(pictures["visible"], 4).abs().sum(dim=-1) == 0, hidden)

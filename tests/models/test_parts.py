@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mimlet.models.parts import (
     attention_kernel,
     attention_logits,
     init_mae,
+    init_qkv_apart_,
     relative_index,
     resize_positions,
     sincos_positions,
@@ -122,10 +124,13 @@ def test_block_adds_scaled_branches() -> None:
     assert block.norm1.eps == block.norm2.eps == 1e-6
 
 
+@pytest.mark.parametrize("bias", ["qkv", "qv"])
 @pytest.mark.parametrize("start", [0, 3, 6])
-def test_tail_equals_the_end_of_the_whole(start: int) -> None:
-    block = Block(12, 3, layer_scale=0.5)
-    nn.init.normal_(block.attn.qkv.bias)
+def test_tail_equals_the_end_of_the_whole(start: int, bias: Literal["qkv", "qv"]) -> None:
+    block = Block(12, 3, bias=bias, layer_scale=0.5)
+    for name, parameter in block.attn.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
     x = torch.randn(2, 7, 12)
     assert_close(block.tail(x, start), block(x)[:, start:])
 
@@ -163,3 +168,16 @@ def test_mae_initialisation_of_one_module() -> None:
     assert not linear.bias.any()
     assert (norm.weight == 1).all()
     assert not norm.bias.any()
+
+
+def test_moco_initialisation_draws_queries_keys_and_values_apart() -> None:
+    torch.manual_seed(0)
+    block = Block(100, 5)
+    others = {name: value.clone() for name, value in block.state_dict().items() if name != "attn.qkv.weight"}
+    init_qkv_apart_(block)
+    bound = (6 / 200) ** 0.5
+    for matrix in block.attn.qkv.weight.chunk(3):
+        assert 0.99 * bound < matrix.abs().max() <= bound
+        assert_close(matrix.std(), torch.tensor(bound / 3**0.5), rtol=0.02, atol=0)
+    for name, value in others.items():
+        assert torch.equal(block.state_dict()[name], value)

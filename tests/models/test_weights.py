@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from mimlet.config import EncoderSettings, parse_override
 from mimlet.data.masks import Mask
 from mimlet.errors import WeightsError
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
 from mimlet.models.parts import resize_positions
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT, ViTShape, build_encoder
 from mimlet.models.weights import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -161,7 +162,9 @@ def test_relative_positions_with_separate_biases(tmp_path: Path) -> None:
     assert_close(encoder.shape.layer_scale, 1002 / 1024)
     assert torch.equal(encoder.blocks[5].gamma_2, constant(1023, [192]))
     assert torch.equal(encoder.blocks[11].attn.v_bias, constant(1045, [192]))
-    with pytest.raises(WeightsError, match=r"lacks the encoder's blocks\.0\.attn\.qkv\.bias; encoder\.relative='qv'"):
+    with pytest.raises(
+        WeightsError, match=r"would compute something else\. Set encoder\.qv_bias=true encoder\.layer_scale=0\.1$"
+    ):
         load_encoder_weights(ViT(ViTShape(relative="full")), path)
     del tensors["module.model.blocks.9.attn.relative_position_bias_table"]
     with pytest.raises(WeightsError, match=r"lacks the encoder's blocks\.9\.attn\.relative_position_bias_table"):
@@ -185,8 +188,64 @@ def test_pretrained_weights_start_a_model_with_more_parts(tmp_path: Path) -> Non
 def test_parts_that_the_encoder_would_leave_out_are_an_error(part: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save(foreign(ViTShape(**{**vars(SMALL), **part})), path)
-    with pytest.raises(WeightsError, match=r"which the encoder lacks: it would compute something else"):
+    with pytest.raises(WeightsError, match=r"that the encoder lacks, or .*it would compute something else"):
         load_encoder_weights(ViT(SMALL), path)
+
+
+FORMS = {
+    "SimMIM": ({"position": "none", "relative": "shared", "qv_bias": True}, "position=none relative=qv"),
+    "BEiT": ({"position": "learned", "qv_bias": True}, "qv_bias=true"),
+    "fine-tuned SimMIM": ({"position": "none", "relative": "qv"}, "position=none relative=qv"),
+    "MAE-lite, relative": ({"relative": "full", "layer_scale": 0.3}, "relative=full layer_scale=0.1"),
+    "shared, all biases": ({"relative": "shared"}, "relative=full"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_error_of_another_form_says_what_to_set(name: str, tmp_path: Path) -> None:
+    form, wanted = FORMS[name]
+    source = ViT(ViTShape(**{**vars(SMALL), **form}))
+    random_(source)
+    path = save_ours(tmp_path / "file.safetensors", source)
+    words = " ".join(f"encoder.{word}" for word in wanted.split())
+    with pytest.raises(WeightsError, match=rf"would compute something else\. Set {words}($|; or relative=shared, to)"):
+        load_encoder_weights(ViT(SMALL), path)
+    settings = EncoderSettings.model_validate(
+        {"name": "vit_nano", "image_size": 16, "patch": 8, "dim": 24, "depth": 2, "heads": 3}
+        | {key: parse_override(f"{key}={value}")[key] for key, value in (word.split("=") for word in wanted.split())}
+    )
+    encoder = build_encoder(settings)
+    assert not load_encoder_weights(encoder, path).fresh
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert_close(encoder.eval()(images).latent, source.eval()(images).latent)
+        again, _ = load_encoder(save_ours(tmp_path / "again.safetensors", encoder))
+        assert_close(again.eval()(images).latent, source(images).latent)
+    torch.save(encoder.state_dict(), tmp_path / "foreign.pth")
+    foreign_encoder, _ = load_encoder(tmp_path / "foreign.pth", heads=3)
+    with torch.no_grad():
+        assert_close(foreign_encoder.eval()(images).latent, source(images).latent)
+
+
+def test_positions_that_an_encoder_asks_for_must_be_in_the_file(tmp_path: Path) -> None:
+    path = save_ours(tmp_path / "file.safetensors", ViT(SMALL))
+    with pytest.raises(WeightsError, match=r"Set encoder\.position=sincos$"):
+        load_encoder_weights(ViT(replace(SMALL, position="none", relative="full")), path)
+    torch.save(foreign(), tmp_path / "file.pth")
+    with pytest.raises(WeightsError, match=r"Set encoder\.position=learned$"):
+        load_encoder_weights(ViT(replace(SMALL, position="none", relative="full")), tmp_path / "file.pth")
+
+
+def test_one_table_for_all_blocks_can_stay_one(tmp_path: Path) -> None:
+    form = {"position": "none", "relative": "shared", "qv_bias": True}
+    path = save_ours(tmp_path / "file.safetensors", ViT(ViTShape(**{**vars(SMALL), **form})))
+    report = load_encoder_weights(ViT(ViTShape(**{**vars(SMALL), **form})), path)
+    assert not report.fresh
+    assert not report.notes
+    own = {**form, "relative": "full"}
+    path = save_ours(tmp_path / "own.safetensors", ViT(ViTShape(**{**vars(SMALL), **own})))
+    with pytest.raises(WeightsError, match=r"Set encoder\.relative=qv$"):
+        load_encoder_weights(ViT(ViTShape(**{**vars(SMALL), **form})), path)
 
 
 @pytest.mark.parametrize("variant", ["gap", "cls", "rpe", "rpe_ls"])

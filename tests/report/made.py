@@ -9,7 +9,7 @@ import torch
 
 from mimlet.analyse.results import Analysis, ModelFindings, Shot, Similarity
 from mimlet.config import load_config
-from mimlet.report import reconstruction_grid
+from mimlet.report import image_grid
 
 
 def make_run(
@@ -62,7 +62,7 @@ def match_heads(run: Path, label: str = "", heads: int = 4) -> Path:
 def grey_png() -> bytes:
     """A picture of two grey images."""
     images = torch.zeros(2, 3, 32, 32)
-    return reconstruction_grid(images, images, images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return image_grid({"original": images, "visible": images}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def found_in(

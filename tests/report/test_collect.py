@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mimlet.errors import RunError
-from mimlet.report import Picture, reconstruction_grid, write_report
+from mimlet.report import Picture, image_grid, write_report
 from mimlet.report.collect import duration
 from tests.report.made import make_run, match_heads
 
@@ -71,7 +71,7 @@ def full(tmp_path: Path) -> Path:
     (runs[1] / "unreadable.txt").write_text("a.jpg\ttruncated\nb.jpg\tempty\n")
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, runs[1] / "encoder.safetensors")
     images = torch.zeros(2, 3, 32, 32)
-    png = reconstruction_grid(images, images, images, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    png = image_grid({"original": images, "visible": images}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return write_report(
         runs,
         tmp_path / "page.html",

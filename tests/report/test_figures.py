@@ -16,8 +16,10 @@ from mimlet.report.figures import (
     averaged,
     curves_svg,
     film,
+    image_grid,
     image_strip,
-    reconstruction_grid,
+    overlay,
+    overlays,
     shares_svg,
     thin,
 )
@@ -36,8 +38,9 @@ def opened(png: bytes) -> np.ndarray:
 
 def test_a_grid_shows_every_pixel_of_small_images_unsmoothed() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 28, 28, 3), dtype=np.uint8)
-    original, masked, prediction = (normalised(part) for part in pixels)
-    grid = opened(reconstruction_grid(original, masked.numpy(), prediction, mean=MEAN, std=STD, columns=2))
+    original, visible, prediction = (normalised(part) for part in pixels)
+    rows = {"original": original, "visible": visible.numpy(), "reconstruction": prediction}
+    grid = opened(image_grid(rows, mean=MEAN, std=STD, columns=2))
     cell, line = 112, 24 + 112 + 8
     assert grid.shape == (2 * 3 * line, 2 * cell + 4, 4)
     for image in range(3):
@@ -50,7 +53,7 @@ def test_a_grid_shows_every_pixel_of_small_images_unsmoothed() -> None:
 
 def test_a_grid_labels_its_rows_on_transparent_ground() -> None:
     images = torch.zeros(1, 3, 8, 8)
-    grid = opened(reconstruction_grid(images, images, images, mean=MEAN, std=STD))
+    grid = opened(image_grid(dict.fromkeys("abc", images), mean=MEAN, std=STD))
     for top in (0, 144, 288):
         label = grid[top : top + 24]
         assert 0 < (label[..., 3] > 0).sum() < label[..., 3].size / 2
@@ -59,7 +62,7 @@ def test_a_grid_labels_its_rows_on_transparent_ground() -> None:
 def test_a_grid_reduces_large_images_and_clips_what_is_no_colour() -> None:
     images = torch.full((1, 3, 256, 128), 100.0)
     images[:, 2] = float("nan")
-    picture = Picture("", reconstruction_grid(images, -images, images, mean=MEAN, std=STD), "")
+    picture = Picture("", image_grid({"a": images, "b": -images, "c": images}, mean=MEAN, std=STD), "")
     assert picture.size == (64, 3 * (24 + 128 + 8))
     grid = opened(picture.png_bytes)
     assert grid[100, 30].tolist() == [255, 255, 0, 255]
@@ -74,6 +77,24 @@ def test_a_strip_keeps_small_images_and_reduces_large_ones() -> None:
     png = image_strip(noise, mean=MEAN, std=STD)
     assert Picture("", png, "").size == (8 * 112, 112)
     assert len(png) < 8 * 38_000, "noise is the worst that can come"
+
+
+def test_an_overlay_is_grey_where_nothing_is_and_yellow_at_the_most() -> None:
+    plain = np.full((4, 4, 3), 100, dtype=np.uint8)
+    shown = overlay(plain, torch.tensor([[0.0, 0.1], [0.05, 0.2]]))
+    assert (shown[:2, :2] == 80).all()
+    brightest = shown[2:, 2:].reshape(-1, 3)
+    assert (brightest == brightest[0]).all()
+    assert brightest[0, 0] > brightest[0, 2]
+    assert (overlay(plain, torch.zeros(2, 2)) == 80).all(), "the class token may keep all for itself"
+
+
+def test_overlays_are_images_again() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    maps = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(0))
+    strip = opened(image_strip(overlays(normalised(pixels), maps, mean=MEAN, std=STD), mean=MEAN, std=STD))
+    expected = [overlay(image, each) for image, each in zip(pixels, maps, strict=True)]
+    np.testing.assert_array_equal(strip[..., :3], np.concatenate(expected, axis=1))
 
 
 def test_a_film_shows_labelled_strips_below_each_other() -> None:

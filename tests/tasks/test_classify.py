@@ -177,6 +177,32 @@ def test_mixing_smooths_the_targets_once() -> None:
     assert_close(loss, -(targets * ours.predict(images).log_softmax(1)).sum(1).mean())
 
 
+def test_with_sigmoids_classes_start_absent_and_are_judged_one_by_one() -> None:
+    ours, batch = task(loss="sigmoid", smoothing=0.2, ema_decay=0.9), labelled()
+    assert_close(ours.head.head.bias, torch.full((4,), -10.0))
+    assert_close(ours.average_head.head.bias, ours.head.head.bias)
+    assert batch.labels is not None
+    shares = 0.8 * torch.eye(4)[batch.labels] + 0.05
+    logits = ours.predict(batch.images)
+    expected = -(shares * logits.sigmoid().log() + (1 - shares) * (1 - logits.sigmoid()).log()).sum(1).mean()
+    assert_close(ours(batch, CLOCK)["classification"], expected, rtol=1e-4, atol=1e-4)
+    assert 7 < expected < 11  # about -log sigmoid(-10), once per image
+
+
+def test_with_sigmoids_mixed_targets_are_smoothed_once_and_bf16_stays_finite() -> None:
+    ours, batch = task(loss="sigmoid", mixup=0.8, smoothing=0.2), labelled()
+    with seeded(5):
+        images, targets = ours.augment(batch)
+    with seeded(5):
+        loss = ours(batch, CLOCK)["classification"]
+    wanted = nn.functional.binary_cross_entropy_with_logits(ours.predict(images), targets, reduction="none")
+    assert_close(loss, wanted.sum(1).mean())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = ours(batch, CLOCK)["classification"]
+    assert low.dtype == torch.float32
+    assert low.isfinite()
+
+
 def test_randomness_is_all_in_the_global_generators() -> None:
     ours, batch = task(mixup=0.2, cutmix=1.0, erasing=0.5), labelled()
     draws = []

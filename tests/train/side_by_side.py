@@ -22,7 +22,17 @@ PRETRAIN: dict[str, dict[str, Any]] = {
     "mimhd_mixture": {"name": "mimhd", "relations": {"heads": "adaptive", "adaptive": {"reading": "mixture"}}},
     "g2sd": {"name": "g2sd", "decoder": DECODER},
     "dmae_features": {"name": "dmae_features", "decoder": DECODER},
+    "simmim": {"name": "simmim", "mask_px": 8},
+    "maskfeat": {"name": "maskfeat"},
+    "maskfeat_teacher": {"name": "maskfeat", "target": "teacher"},
+    "bootmae": {"name": "bootmae", "decoder": DECODER, "momentum": (0.5, 0.7, 0.9)},
+    "beit": {"name": "beit", "masking": {"smallest": 0.06, "tries": 1}},
+    "dino": {"name": "dino", "local_size": 8, "local_crops": 2, "outputs": 20, "hidden": 16, "momentum": (0.5, 1.0)},
+    "mocov3": {"name": "mocov3", "hidden": 20, "outputs": 8, "momentum": 0.5},
 }
+WHOLE = {"mocov3": PRETRAIN["mocov3"]}
+"""Methods that contrast the images of a step, and take no pieces."""
+OWN_VIEWS = ("dino", "mocov3")
 FINETUNE: dict[str, dict[str, Any]] = {
     "classify": {"name": "classify"},
     "class_token": {"name": "classify", "distill": {"kind": "soft"}},
@@ -37,13 +47,17 @@ FINETUNE: dict[str, dict[str, Any]] = {
 def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
     """Four steps of 8 images, by plain gradient descent: rounding must not grow. Encoders are judged meanwhile."""
     labelled = [] if method in FINETUNE.values() else [str(data)]
+    if method["name"] == "beit":
+        method = {**method, "tokenizer": str(teacher.parent / "tokenizer")}
+    augment = {} if method["name"] in OWN_VIEWS else {"color_jitter": 0.4}
+    clip = 1.0 if method["name"] == "mocov3" else 0.0  # the gradients of its class token are in the hundreds at first
     return load_config(
         {
             "encoder": {"name": "vit_nano", "image_size": 16, "dim": 24, "depth": 2, "heads": 3},
             "method": method,
             "teacher": {"path": str(teacher), "precision": "32"},
-            "data": {"path": [str(data)], "labelled": labelled, "augment": {"color_jitter": 0.4}},
-            "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0},
+            "data": {"path": [str(data)], "labelled": labelled, "augment": augment},
+            "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0, "clip": clip},
             "schedule": {"batch": 8, "steps": 4},
             "speed": {"accelerator": "cpu", "precision": "32", "workers": 0, "accumulate": pieces},
             "run": {"out": str(out), "tensorboard": False, "report": False, "log_steps": 1},
@@ -53,8 +67,11 @@ def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces:
 
 def main(data: Path, teachers: Path, out: Path, pieces: int) -> None:
     """Trains all methods into folders below `out`; each batch in as many pieces per process."""
-    for methods, teacher in ((PRETRAIN, "encoder"), (FINETUNE, "labels")):
+    divisible = {name: method for name, method in PRETRAIN.items() if name not in WHOLE}
+    for methods, teacher in ((divisible, "encoder"), (FINETUNE, "labels")):
         api.compare([config(method, teachers / teacher, data, out / name, pieces) for name, method in methods.items()])
+    for name, method in WHOLE.items():
+        api.train(config(method, teachers / "encoder", data, out / name, pieces=1))
 
 
 if __name__ == "__main__":

@@ -178,11 +178,12 @@ def test_pictures_become_a_film(watched: Path, unwatched: Path) -> None:
             assert (shown[name].crop(box).tobytes() == shown["original"].crop(box).tobytes()) is not hidden
     (film,) = run_pictures(watched, "mine: ")
     assert film.title == "mine: Reconstruction as training goes"
-    assert film.alt.endswith("what it makes of that, from step 0 to step 6")
+    assert film.alt.endswith(": original, visible, reconstruction from step 0 to step 6")
     assert film.size == (film.size[0], 6 * (112 + 4) - 4)
     assert film.title.removeprefix("mine: ") in (watched / "report.html").read_text()
     (grid,) = run_pictures(unwatched)
     assert grid.title == "Reconstruction"
+    assert grid.caption == film.caption == MAE.picture_caption
 
 
 def test_a_method_that_shows_nothing_leaves_no_pictures(photos: Path, watched: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,15 +22,10 @@ from mimlet.methods.mae import reconstruction_pictures
 from mimlet.models.features import Taps
 from mimlet.models.vit import ViT
 from mimlet.models.weights import Checkpoint, fill_encoder, load_decoder, open_checkpoint, shape_of_checkpoint
-from mimlet.report.figures import CELL, GAP, INK, LABEL, reconstruction_grid
+from mimlet.report.figures import CELL, GAP, INK, LABEL, image_grid, overlay
 
-COLOURS = "inferno"
 UNDER = 20
 """Room for a number under a map."""
-OPAQUE = 0.85
-"""How much of the image the strongest attention covers."""
-GREY = (30, 0.5)
-"""Brightness of the image below a map: this plus a share of its own."""
 
 Query = tuple[int, int]
 """(row, column) of a patch, from 0 at the top left."""
@@ -41,9 +35,8 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
     """Share of a query's attention that each patch receives, per head: [B,H,rows,columns] of images [B,3,S,S] uint8.
 
     The query is the class token, or the patch `query`; without class token and `query`, the mean over all patches as
-    queries. `block`: from 1; 0: the last. As in DINO's pictures (Caron et al. 2021), the softmax is over all keys, and
-    the class token's share is left out afterwards: a map sums to what the patches receive, at most 1. Distillation and
-    register tokens are not among the keys, which multiplies a whole map by one factor.
+    queries. `block`: from 1; 0: the last. See `Features.attended`; distillation and register tokens are not among the
+    keys, which multiplies a whole map by one factor.
 
     Raises `ConfigError` where there is no such block or patch, or where the attention cannot be seen.
     """
@@ -56,7 +49,8 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
         raise ConfigError(f"{subject.label} has blocks 1 to {subject.depth} (0: the last), and no block {block}")
     number = block or subject.depth
     features = subject.features(images, Taps(attention=(number,), tokens=False))
-    logits, (rows, columns) = features.attention[number].float(), features.grid
+    place: int | None = None
+    rows, columns = features.grid
     if query is not None:
         row, column = query
         if not (0 <= row < rows and 0 <= column < columns):
@@ -65,11 +59,7 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
                 f"expected rows 0 to {rows - 1} and columns 0 to {columns - 1}"
             )
         place = features.prefix + row * columns + column
-        logits = logits[:, :, place : place + 1]
-    elif features.prefix:
-        logits = logits[:, :, :1]
-    shares = logits.softmax(dim=-1).mean(dim=2)[..., features.prefix :]
-    return shares.reshape(*shares.shape[:2], rows, columns).cpu()
+    return features.attended(number, place).cpu()
 
 
 def attention_picture(
@@ -97,7 +87,7 @@ def attention_picture(
         write(title, column, LABEL / 2, 15)
     for index, image in enumerate(shown):
         top, plain = LABEL + index * line, _resized(image, side)
-        cells = [plain, *(_overlay(plain, each) for each in maps[index])]
+        cells = [plain, *(overlay(plain, each) for each in maps[index])]
         for column, cell in enumerate(cells):
             picture = Image.fromarray(cell)
             if query is not None:
@@ -164,7 +154,6 @@ def reconstruction_picture(
     prediction = decoder(encoder(batch.images, batch.mask).latent, batch.mask)
     normalised = checkpoint.pixels == "normalised"
     pictures = reconstruction_pictures(prediction, batch, encoder.patch, normalised)
-    rows = [pictures[name] for name in ("original", "masked", "reconstruction")]
     shown, hidden = encoder.units - int(mask.hidden[0].sum()), f"{100 * mask_ratio:.3g} %"
     shot = Shot(
         f"reconstruction_{slug(subject.label)}.png",
@@ -174,7 +163,7 @@ def reconstruction_picture(
         f"{hidden} of the patches are hidden and predicted, visible ones are the original."
         + (" The decoder predicts normalised pixels: a patch's own mean and contrast are put back." * normalised),
     )
-    return shot, reconstruction_grid(*rows, mean=subject.mean, std=subject.std)
+    return shot, image_grid(pictures, mean=subject.mean, std=subject.std)
 
 
 def slug(label: str) -> str:
@@ -191,19 +180,6 @@ def _checkpoint(subject: Subject) -> Checkpoint | None:
 def _cell(size: int) -> int:
     """Side of an image in a picture: small ones are enlarged by a whole factor, large ones reduced."""
     return min(size * max(1, round(CELL[0] / size)), CELL[1])
-
-
-def _overlay(plain: NDArray[np.uint8], shares: Tensor) -> NDArray[np.uint8]:
-    """A map [rows,columns] as heat over an image [side,side,3]."""
-    from matplotlib import colormaps  # takes half a second, which only a picture is worth
-
-    side = plain.shape[0]
-    scaled = shares / shares.max().clamp_min(torch.finfo(shares.dtype).tiny)  # all may be 0: the class token has it all
-    heat = F.interpolate(scaled[None, None], (side, side), mode="nearest-exact")[0, 0].numpy()
-    grey = GREY[0] + GREY[1] * plain.mean(axis=2, keepdims=True)
-    cover = OPAQUE * heat[..., None]
-    mixed = (1 - cover) * grey + cover * 255 * colormaps[COLOURS](heat)[..., :3]
-    return np.asarray(mixed.round(), dtype=np.uint8)
 
 
 def _resized(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

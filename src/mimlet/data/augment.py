@@ -38,22 +38,37 @@ def training_transform(augment: AugmentSettings, image_size: int, changed: str =
     only if its short side is not S). Colour jitter changes brightness, contrast and saturation by the same strength;
     as in timm, RandAugment switches it off. Raises `ConfigError`.
     """
-    low, high = augment.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ConfigError(
-            f"data.augment.crop_scale is {low}, {high}; expected smallest and largest share of the area, up to 1"
-        )
-    low, high = augment.crop_ratio
-    if not 0 < low <= high:
-        raise ConfigError(
-            f"data.augment.crop_ratio is {low}, {high}; expected smallest and largest width / height, above 0"
-        )
+    check_crop(augment.crop_scale, augment.crop_ratio)
     return _Training(augment, image_size, _color(augment, image_size), changed)
 
 
 def evaluation_transform(augment: AugmentSettings, image_size: int) -> Transform:
     """Short side to round(S / eval_crop), centre crop: one view `image`, uint8 [3,S,S]. Deterministic."""
     return _Evaluation(image_size, round(image_size / augment.eval_crop), _MODES[augment.eval_interpolation])
+
+
+def check_crop(
+    scale: tuple[float, float], ratio: tuple[float, float], scale_setting: str = "data.augment.crop_scale"
+) -> None:
+    """Raises `ConfigError` where `resized_crop` could not draw; `scale_setting` is where the scale comes from."""
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"{scale_setting} is {low}, {high}; expected smallest and largest share of the area, up to 1")
+    low, high = ratio
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"data.augment.crop_ratio is {low}, {high}; expected smallest and largest width / height, above 0"
+        )
+
+
+def resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
+) -> Tensor:
+    """torchvision's RandomResizedCrop: uint8 [3,S,S]. `interpolation` "random" draws bilinear or bicubic."""
+    top, left, height, width = RandomResizedCrop.get_params(image, scale, ratio)
+    part = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+    resized: Tensor = F.resize(part, [size, size], interpolation_mode(interpolation), antialias=True)
+    return resized
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,11 @@ class _Training:
     changed: str
 
     def __call__(self, image: Image.Image) -> dict[str, Tensor]:
-        pixels = self._padded_crop(image) if self.augment.pad_crop else self._resized_crop(image)
+        augment = self.augment
+        if augment.pad_crop:
+            pixels = self._padded_crop(image)
+        else:
+            pixels = resized_crop(image, self.size, augment.crop_scale, augment.crop_ratio, augment.interpolation)
         if torch.rand(()) < self.augment.flip:
             pixels = pixels.flip(-1)
         views = {"image": pixels.contiguous()}
@@ -72,22 +91,11 @@ class _Training:
             views[self.changed] = self.color(views["image"]).contiguous()
         return views
 
-    def _resized_crop(self, image: Image.Image) -> Tensor:
-        top, left, height, width = RandomResizedCrop.get_params(image, self.augment.crop_scale, self.augment.crop_ratio)
-        part = F.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        resized: Tensor = F.resize(part, [self.size, self.size], self._mode(), antialias=True)
-        return resized
-
     def _padded_crop(self, image: Image.Image) -> Tensor:
-        pixels = F.pad(_short_side(image, self.size, self._mode()), [self.augment.pad_crop])
+        mode = interpolation_mode(self.augment.interpolation)
+        pixels = F.pad(_short_side(image, self.size, mode), [self.augment.pad_crop])
         cropped: Tensor = F.crop(pixels, *RandomCrop.get_params(pixels, (self.size, self.size)))
         return cropped
-
-    def _mode(self) -> InterpolationMode:
-        name = self.augment.interpolation
-        if name == "random":
-            name = "bicubic" if torch.rand(()) < 0.5 else "bilinear"
-        return _MODES[name]
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,13 @@ class _Evaluation:
         return {
             "image": F.center_crop(_short_side(image, self.resized, self.mode), [self.size, self.size]).contiguous()
         }
+
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """torchvision's name of `data.augment.interpolation`; "random" draws bilinear or bicubic."""
+    if name == "random":
+        name = "bicubic" if torch.rand(()) < 0.5 else "bilinear"
+    return _MODES[name]
 
 
 def _short_side(image: Image.Image, size: int, mode: InterpolationMode) -> Tensor:

@@ -19,13 +19,22 @@ from mimlet.atomic import write_atomic
 from mimlet.errors import RunError, WeightsError
 from mimlet.models.decoders import Decoder
 from mimlet.models.vit import ViT, ViTShape
-from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, Channels, encoder_state, save_decoder, save_weights
+from mimlet.models.weights import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    Channels,
+    encoder_state,
+    of_beit_family,
+    save_decoder,
+    save_weights,
+)
 from mimlet.models.zoo import SIZES
 
 if TYPE_CHECKING:
     from mimlet.tasks.classify import Classify
 
 DESCRIPTION_FILE = "encoder.json"
+BEIT = "beit_base_patch16_224"
 TIMM_SIZES = {SIZES[name].timm: SIZES[name] for name in ("deit_tiny", "deit_small", "vit_base", "vit_large")}
 DISTILLED_SIZES = {
     f"deit_{size}_distilled_patch16_224": SIZES[name]
@@ -88,26 +97,48 @@ def export_classifier(
 def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[str, dict[str, object]] | None:
     """Name and arguments for `timm.create_model` of the same architecture; None if timm has no such model.
 
-    `pool`: 'mean' or 'class' for classifiers, '' for an encoder that returns all tokens. Relative positions are what
-    timm's plain ViT lacks, and its models with a distillation token are classifiers of both tokens.
+    `pool`: 'mean' or 'class' for classifiers, '' for an encoder that returns all tokens. The BEiT family's encoders are
+    timm's `Beit`, which always has a class token. timm's models with a distillation token are plain classifiers of both
+    tokens, with positions.
     """
-    if shape.relative != "none" or (shape.distillation_token and pool != "class"):
+    beit = of_beit_family(shape)
+    if shape.distillation_token and (pool != "class" or beit or shape.position == "none"):
         return None
-    known = DISTILLED_SIZES if shape.distillation_token else TIMM_SIZES
+    if beit and not shape.class_token:
+        return None
+    known = {BEIT: SIZES["vit_base"]} if beit else DISTILLED_SIZES if shape.distillation_token else TIMM_SIZES
     name = next((name for name, size in known.items() if size.dim == shape.dim), next(iter(known)))
     size = known[name]
-    numbers = {
+    numbers: dict[str, tuple[object, object]] = {
         "img_size": (shape.image_size, 224),
         "patch_size": (shape.patch, size.patch),
         "embed_dim": (shape.dim, size.dim),
         "depth": (shape.depth, size.depth),
         "num_heads": (shape.heads, size.heads),
         "mlp_ratio": (_mlp_ratio(shape), 4.0),
-        "class_token": (shape.class_token, True),
-        "init_values": (shape.layer_scale, None),
+        **(_beit_parts(shape) if beit else _plain_parts(shape)),
     }
     arguments: dict[str, object] = {key: ours for key, (ours, timms) in numbers.items() if ours != timms}
     return name, {**arguments, "num_classes": classes, "global_pool": {"mean": "avg", "class": "token", "": ""}[pool]}
+
+
+def _plain_parts(shape: ViTShape) -> dict[str, tuple[object, object]]:
+    """Arguments of timm's plain ViT: (ours, its default)."""
+    return {
+        "class_token": (shape.class_token, True),
+        "pos_embed": ("none" if shape.position == "none" else "learn", "learn"),
+        "init_values": (shape.layer_scale, None),
+    }
+
+
+def _beit_parts(shape: ViTShape) -> dict[str, tuple[object, object]]:
+    """Arguments of timm's BEiT-B: (ours, its own). timm ignores an argument of None; 0 is no LayerScale, too."""
+    return {
+        "use_abs_pos_emb": (shape.position != "none", False),
+        "use_rel_pos_bias": (shape.relative in ("full", "qv"), True),
+        "use_shared_rel_pos_bias": (shape.relative == "shared", False),
+        "init_values": (shape.layer_scale or 0, 0.1),
+    }
 
 
 def _mlp_ratio(shape: ViTShape) -> float:
@@ -167,19 +198,27 @@ images = (torch.rand(1, 3, {size}, {size}) - mean) / std
         return f"""import mimlet
 import torch
 
-# timm's ViT lacks a part of this model, so mimlet loads it
+# timm lacks a part of this model, so mimlet loads it
 model = mimlet.load({file!r})
 {images}
 with torch.no_grad():
     {result} = model(images){suffix}  # {meaning}
 """
     arguments = ", ".join(f"{key}={value!r}" for key, value in info["timm"]["kwargs"].items())
+    shape, load = info["shape"], f"model.load_state_dict(load_file({file!r}))"
+    if info["timm"]["name"] == BEIT and not (shape["qv_bias"] or shape["relative"] == "qv"):
+        load = f"""weights = load_file({file!r})
+for name in [name for name in weights if name.endswith("qkv.bias")]:
+    # timm's model has no bias of keys, which the softmax of attention does not see
+    q, _, v = weights.pop(name).chunk(3)
+    weights |= {{name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}}
+model.load_state_dict(weights)"""
     return f"""import timm
 import torch
 from safetensors.torch import load_file
 
 model = timm.create_model({info["timm"]["name"]!r}, {arguments})
-model.load_state_dict(load_file({file!r}))
+{load}
 model.eval()
 {images}
 with torch.no_grad():

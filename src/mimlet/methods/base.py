@@ -54,6 +54,7 @@ class Method(nn.Module, ABC):
     - `weights`: coefficient of each loss that `forward` returns; the loop minimises the weighted sum. Values that
       `forward` returns under a name absent from `weights` are logged, not minimised.
     - `info`: what else a user of the exported encoder has to know; it is stored with the weights.
+    - `picture_caption`: how `pictures` are to be read, a sentence or two for reports.
     """
 
     encoder: nn.Module
@@ -61,6 +62,7 @@ class Method(nn.Module, ABC):
     ema: ClassVar[dict[str, str]] = {}
     weights: dict[str, float]
     info: Mapping[str, object] = MappingProxyType({})
+    picture_caption: str = ""
 
     @classmethod
     @abstractmethod
@@ -102,8 +104,12 @@ class Method(nn.Module, ABC):
         """After the optimiser step and the moving averages."""
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """What this method sees and predicts on a prepared batch, as image tensors [B,3,H,W] in normalised pixels,
-        for reports.
+        """What this method sees and makes of a prepared batch, for reports: labelled rows in order, none where it has
+        nothing to show. The batch has the view `image` (uncropped) and the masks of `masks()`.
+
+        A row is images [B,3,H,W] in normalised pixels, or maps [B,rows,columns], not negative, which are shown as heat
+        over the first row. The last row is what changes as training goes, the others stay; labels are short nouns
+        ("original", "visible", "reconstruction"; "attention") and become titles and names of files.
         """
         return {}
 

@@ -18,7 +18,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler, RandomMasking
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import build_decoder, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, build_decoder, reconstruction_pictures, start_encoder
 from mimlet.methods.settings import DMAESettings
 from mimlet.methods.terms import Terms, make_terms
 from mimlet.models.decoders import Decoder
@@ -75,6 +75,7 @@ class DMAE(Method):
 
     encoder: ViT
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    picture_caption = RECONSTRUCTION
 
     def __init__(
         self,
@@ -201,7 +202,7 @@ class DMAE(Method):
         return {**losses, **self.terms(student, teacher, batch)}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """original, masked and reconstruction, each [B,3,H,W]; nothing without a decoder."""
+        """original, visible and reconstruction, each [B,3,H,W]; nothing without a decoder."""
         if self.decoder is None:
             return {}
         taps = Taps(hidden=(self.decode_layer,), tokens=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler, RandomMasking
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import build_decoder, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, build_decoder, reconstruction_pictures, start_encoder
 from mimlet.methods.settings import DMAEFeaturesSettings
 from mimlet.methods.terms import Terms, make_terms
 from mimlet.models.decoders import Decoder
@@ -28,6 +28,7 @@ class DMAEFeatures(Method):
 
     encoder: ViT
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    picture_caption = RECONSTRUCTION
 
     def __init__(
         self,
@@ -81,6 +82,6 @@ class DMAEFeatures(Method):
         return {"reconstruction": loss, **self.terms(student, teacher, batch)}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """original, masked and reconstruction, each [B,3,H,W]."""
+        """original, visible and reconstruction, each [B,3,H,W]."""
         latent = self.encoder(batch.images, batch.mask).latent
         return reconstruction_pictures(self.decoder(latent, batch.mask), batch, self.encoder.patch, self.normalise)

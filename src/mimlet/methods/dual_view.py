@@ -104,7 +104,7 @@ class DualView(Term):
         return self.decode(latent, mask, self.mask_token).view(B, -1, 3 * self.patch**2)
 
     def pictures(self, student: Features, batch: Batch) -> dict[str, Tensor]:
-        """original, masked (what the first view shows) and reconstruction (each patch from the view that hides it), in
+        """original, visible (what the first view shows) and reconstruction (each patch from the view that hides it), in
         the student's normalisation.
         """
         mask, images = batch.masks[self.mask_name], self.inputs(batch.images)
@@ -114,7 +114,7 @@ class DualView(Term):
             prediction = denormalise_patches(prediction, patchify(images, self.patch, ids))
         shown = {
             "original": target,
-            "masked": target.masked_fill(mask.hidden[..., None], 0),
+            "visible": target.masked_fill(mask.hidden[..., None], 0),
             "reconstruction": target.scatter(1, ids[..., None].expand_as(prediction), prediction),
         }
         return {name: self.outputs(unpatchify(patches, self.grid)) for name, patches in shown.items()}

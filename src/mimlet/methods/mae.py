@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
     from mimlet.models.teacher import Teachers
 
 
+RECONSTRUCTION = (
+    "Hidden patches are predicted, visible ones are the original. With normalised-pixel targets a patch's own mean and "
+    "contrast are put back."
+)
+"""How `reconstruction_pictures` are to be read."""
+
+
 class MAE(Method):
     """Encode the visible patches, decode the hidden ones, compare pixels."""
 
     encoder: ViT
+    picture_caption = RECONSTRUCTION
 
     def __init__(self, encoder: ViT, decoder: Decoder, mask_ratio: float = 0.75, normalise: bool = True) -> None:
         super().__init__()
@@ -59,14 +68,18 @@ class MAE(Method):
         return {"reconstruction": loss}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """original, masked and reconstruction, each [B,3,H,W]."""
+        """original, visible and reconstruction, each [B,3,H,W]."""
         latent = self.encoder(batch.images, batch.mask, taps=Taps()).latent
         return reconstruction_pictures(self.decoder(latent, batch.mask), batch, self.encoder.patch, self.normalise)
 
 
-def start_encoder(config: Config) -> tuple[ViT, LoadReport | None]:
-    """A fresh encoder, filled from `encoder.weights` where they are given, and what was loaded."""
+def start_encoder(config: Config, init: Callable[[ViT], None] | None = None) -> tuple[ViT, LoadReport | None]:
+    """A fresh encoder, initialised as MAE's or by `init`, filled from `encoder.weights` where they are given, and what
+    was loaded.
+    """
     encoder, start = build_encoder(config.encoder), config.encoder
+    if init:
+        init(encoder)
     return encoder, load_encoder_weights(encoder, start.weights, start.keep_blocks) if start.weights else None
 
 
@@ -85,6 +98,6 @@ def reconstruction_pictures(prediction: Tensor, batch: Batch, patch: int, normal
     hidden = batch.mask.hidden[..., None]
     return {
         "original": batch.images,
-        "masked": unpatchify(torch.where(hidden, torch.zeros_like(target), target), grid),
+        "visible": unpatchify(torch.where(hidden, torch.zeros_like(target), target), grid),
         "reconstruction": unpatchify(torch.where(hidden, prediction.float(), target), grid),
     }

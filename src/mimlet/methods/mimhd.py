@@ -12,7 +12,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.dual_view import DualView
-from mimlet.methods.mae import start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, start_encoder
 from mimlet.methods.relations import Relations
 from mimlet.methods.settings import MIMHDSettings
 from mimlet.methods.terms import Terms, make_terms
@@ -36,6 +36,7 @@ class MIMHD(Method):
 
     encoder: ViT
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    picture_caption = f"{RECONSTRUCTION} With two views, each patch is from the one that hides it."
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class MIMHD(Method):
         return losses
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """original, masked (the first view) and reconstruction (both views merged); nothing without reconstruction."""
+        """original, visible (to the first view), reconstruction (both views merged); nothing without one."""
         for term in self.terms:
             if isinstance(term, DualView):
                 return term.pictures(self.encoder(batch.images, taps=Taps()), batch)

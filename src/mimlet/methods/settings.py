@@ -29,6 +29,8 @@ class DecoderSettings(Section):
     heads: int = Field(3, ge=1)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 Pair = Literal["qq", "qk", "qv", "kq", "kk", "kv", "vq", "vk", "vv"]
 """A relation: softmax(a b^T / sqrt(d)) of two of queries, keys and values."""
 
@@ -208,6 +210,139 @@ class DMAEFeaturesSettings(Section):
     terms: list[TermSettings] = []
 
 
+class BlockMaskSettings(Section):
+    """BEiT's block-wise masking (`data.masks.BlockMasking`), in shares of the patches: 75 of 196, blocks from 16."""
+
+    ratio: float = Field(75 / 196, gt=0, lt=1)
+    smallest: float = Field(16 / 196, gt=0, lt=1)
+    largest: float = Field(0.0, ge=0, lt=1, description="0: up to what is still to be hidden")
+    tries: int = Field(10, ge=0, description="how often a block is drawn until one fits; 0: until one does")
+    exact: float = Field(0.0, ge=0, lt=1, description="hide exactly this share: the blocks and others; 0: off")
+
+
+class SimMIMSettings(Section):
+    """SimMIM (Xie et al. 2022): fill hidden squares with a mask token, predict their pixels by one linear layer, L1."""
+
+    name: Literal["simmim"] = "simmim"
+    mask_ratio: float = 0.6
+    mask_px: int = Field(32, ge=1, description="side of the squares that are hidden, in pixels")
+
+
+class HOGSettings(Section):
+    """Histograms of oriented gradients (MaskFeat's code): 3 x `bins` numbers per cell."""
+
+    bins: int = Field(9, ge=1)
+    cell: int = Field(
+        0, ge=0, description="side of a cell in pixels; it divides the patch; 0: half of it, as published (8 of 16)"
+    )
+    gaussian: int = Field(
+        0, ge=0, description="side of a Gaussian window on the votes; it divides the image; 0: none, as published"
+    )
+
+
+class MaskFeatSettings(Section):
+    """MaskFeat (Wei et al. 2022): fill hidden patches with a mask token, predict a target by one linear layer.
+
+    `target`: histograms (`hog`), pixels as MAE's (normalised or raw), or the final tokens of a frozen teacher,
+    layer-normalised.
+    """
+
+    name: Literal["maskfeat"] = "maskfeat"
+    masking: BlockMaskSettings = BlockMaskSettings(ratio=78 / 196, smallest=15 / 196)
+    target: Literal["hog", "normalised", "raw", "teacher"] = "hog"
+    hog: HOGSettings = HOGSettings()
+
+
+class BEiTSettings(Section):
+    """BEiT (Bao et al. 2022): predict the visual tokens of hidden patches, as a tokenizer names them."""
+
+    name: Literal["beit"] = "beit"
+    tokenizer: str = Field(
+        "", description="run folder of the method dvae, or the weights of DALL-E's or a VQ model's encoder (a file)"
+    )
+    masking: BlockMaskSettings = BlockMaskSettings()
+
+
+class DVAESettings(Section):
+    """A small discrete VAE as tokenizer for BEiT (Ramesh et al. 2021; the sizes of BEiT's own class)."""
+
+    name: Literal["dvae"] = "dvae"
+    codes: int = Field(8192, ge=2, description="size of the codebook")
+    dim: int = Field(256, ge=1, description="width of a code")
+    hidden: int = Field(64, ge=1)
+    layers: int = Field(3, ge=1, description="halvings: a token covers 2^layers pixels")
+    residual_blocks: int = Field(1, ge=0)
+    temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 0.0625), description="of Gumbel softmax, at the start and the end; half a cosine between them"
+    )
+    kl: float = Field(0.0, ge=0, description="weight of the divergence from using all codes alike")
+    loss: Literal["mse", "smooth_l1"] = "mse"
+
+
+class FeatureDecoderSettings(DecoderSettings):
+    """A decoder that predicts features of the encoder's width."""
+
+    dim: int = Field(0, ge=0, description="0: the encoder's width")
+
+
+class BootMAESettings(Section):
+    """BootMAE (Dong et al. 2022): pixels of hidden patches, and features of a momentum encoder, with context of low and
+    high level by cross-attention.
+    """
+
+    name: Literal["bootmae"] = "bootmae"
+    masking: BlockMaskSettings = BlockMaskSettings(
+        ratio=120 / 196, smallest=16 / 196, largest=60 / 196, tries=0, exact=147 / 196
+    )
+    decoder: DecoderSettings = DecoderSettings()
+    feature_decoder: FeatureDecoderSettings = FeatureDecoderSettings()
+    weigh_inside: bool = Field(True, description="hidden patches among hidden ones weigh up to twice")
+    feature_weight: float = Field(1.0, gt=0)
+    feature_ramp: float = Field(0.25, ge=0, le=1, description="fraction of training in which its weight rises")
+    momentum: tuple[Share, Share, Share] = Field(
+        (0.999, 0.9999, 0.99999),
+        description="first; after `momentum_knee` of the training; at its end. Meant for 250,000 steps",
+    )
+    momentum_knee: float = Field(0.25, gt=0, lt=1)
+
+
+class DINOSettings(Section):
+    """DINO (Caron et al. 2021): self-distillation between crops, with a centred and sharpened momentum teacher."""
+
+    name: Literal["dino"] = "dino"
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    local_crops: int = Field(8, ge=0)
+    local_size: int = Field(96, ge=1, description="pixels; divisible by the patch")
+    outputs: int = Field(65536, ge=2)
+    hidden: int = Field(2048, ge=1)
+    bottleneck: int = Field(256, ge=1)
+    norm_last_layer: bool = Field(
+        True,
+        description="the last layer's rows have length 1; false: trained lengths (advised for ViT-Small and below)",
+    )
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: tuple[float, float] = (0.04, 0.04)
+    temperature_warmup: float = Field(0.0, ge=0, le=1, description="fraction of training in which it rises")
+    momentum: tuple[float, float] = (0.996, 1.0)
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    clip: float = Field(3.0, ge=0, description="largest gradient norm of each tensor by itself; 0: off")
+    freeze_last: float = Field(
+        0.01, ge=0, le=1, description="fraction of training before the last layer learns (published: 1 of 100 epochs)"
+    )
+
+
+class MoCoV3Settings(Section):
+    """MoCo v3 (Chen et al. 2021): contrast between two views, with a momentum encoder for the keys."""
+
+    name: Literal["mocov3"] = "mocov3"
+    temperature: float = Field(0.2, gt=0)
+    momentum: float = Field(0.99, ge=0, lt=1, description="at the start; it rises to 1 by half a cosine")
+    hidden: int = Field(4096, ge=1)
+    outputs: int = Field(256, ge=1)
+    fixed_patches: bool = Field(False, description="patch projection stays random (the original ViT recipe)")
+
+
 class LabelDistillation(Section):
     """Distillation from a classifier (the section `teacher` names it).
 
@@ -232,6 +367,9 @@ class ClassifySettings(Section):
     cutmix: float = Field(0.0, ge=0)
     erasing: float = Field(0.0, ge=0, le=1)
     ema_decay: float = Field(0.0, ge=0, lt=1, description="judge a moving average of the weights; 0: off")
+    loss: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="sigmoid: each class by itself, the head's bias starts at -10 (AugReg's pre-training)"
+    )
     head_scale: float = Field(1.0, gt=0, description="multiplies the head's initial weights (0.001 in the RPE recipe)")
     distill: LabelDistillation = LabelDistillation()
 
@@ -251,6 +389,13 @@ MethodSettings = (
     | MIMHDSettings
     | G2SDSettings
     | DMAEFeaturesSettings
+    | SimMIMSettings
+    | MaskFeatSettings
+    | BEiTSettings
+    | DVAESettings
+    | BootMAESettings
+    | DINOSettings
+    | MoCoV3Settings
     | ClassifySettings
     | LinearProbeSettings
 )
@@ -258,12 +403,13 @@ MethodSettings = (
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method lives and what it needs."""
+    """Where a method lives and what it needs. `encoder`: whether what it trains and exports is one."""
 
     settings: type[Section]
     where: str
     labels: bool = False
     teacher: bool = False
+    encoder: bool = True
 
     def load(self) -> type[Method]:
         """Imports the class (and with it torch)."""
@@ -284,6 +430,13 @@ METHODS: dict[str, Entry] = {
     "mimhd": Entry(MIMHDSettings, "mimlet.methods.mimhd:MIMHD", teacher=True),
     "g2sd": Entry(G2SDSettings, "mimlet.methods.g2sd:G2SD", teacher=True),
     "dmae_features": Entry(DMAEFeaturesSettings, "mimlet.methods.dmae_features:DMAEFeatures", teacher=True),
+    "simmim": Entry(SimMIMSettings, "mimlet.methods.simmim:SimMIM"),
+    "maskfeat": Entry(MaskFeatSettings, "mimlet.methods.maskfeat:MaskFeat"),
+    "beit": Entry(BEiTSettings, "mimlet.methods.beit:BEiT"),
+    "dvae": Entry(DVAESettings, "mimlet.methods.dvae:DVAE", encoder=False),
+    "bootmae": Entry(BootMAESettings, "mimlet.methods.bootmae:BootMAE"),
+    "dino": Entry(DINOSettings, "mimlet.methods.dino:DINO"),
+    "mocov3": Entry(MoCoV3Settings, "mimlet.methods.mocov3:MoCoV3"),
     "classify": Entry(ClassifySettings, "mimlet.tasks.classify:Classify", labels=True),
     "linear_probe": Entry(LinearProbeSettings, "mimlet.tasks.probe:LinearProbe", labels=True),
 }

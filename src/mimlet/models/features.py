@@ -74,6 +74,20 @@ class Features:
         """The final patch tokens without the prefix, [B,V,D]."""
         return self.latent[:, self.prefix :]
 
+    def attended(self, block: int, token: int | None = None) -> Tensor:
+        """Share of a token's attention in `block` that each patch receives, per head: [B,H,rows,columns], of whole
+        images; asked for by `Taps.attention`.
+
+        The token is the class token, or number `token` (prefix tokens count); without either, the mean over all
+        patches. As in DINO's pictures (Caron et al. 2021) the softmax is over all keys, and the prefix's share is left
+        out afterwards: a map sums to what the patches receive, at most 1.
+        """
+        logits = self.attention[block].float()
+        if token is not None or self.prefix:
+            logits = logits[:, :, token or 0, None]
+        shares = logits.softmax(dim=-1).mean(dim=2)[..., self.prefix :]
+        return shares.reshape(*shares.shape[:2], *self.grid)
+
     def trimmed(self, prefix: int) -> Features:
         """The same with the first `prefix` of the prefix tokens only: without distillation and register tokens."""
         if prefix == self.prefix:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mimlet import processes
+from mimlet.errors import ConfigError
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -16,12 +17,17 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[n,D] -> [n,D]; in float32 even under autocast."""
-        if not self.training or processes.world_size() == 1:
-            normed: Tensor = super().forward(input.float())
-            return normed
-        x = input.float()
+        """[n,D] -> [n,D]; in float32 even under autocast (float64 stays). `ConfigError` for a single row in training,
+        which has no variance.
+        """
+        x = input if input.dtype == torch.float64 else input.float()
+        if not self.training:
+            return self._plain(x)
         count = len(x) * processes.world_size()
+        if count < 2:
+            raise ConfigError("batch norm cannot learn from a batch of 1 image; raise schedule.batch to 2 or more")
+        if processes.world_size() == 1:
+            return self._plain(x)
         mean = processes.total(x.sum(dim=0)) / count
         centred = x - mean
         variance = processes.total(centred.square().sum(dim=0)) / count
@@ -33,3 +39,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
                 self.running_var.lerp_(variance * count / (count - 1), share)
         out = centred * (variance + self.eps).rsqrt()
         return out if self.weight is None else out * self.weight + self.bias
+
+    def _plain(self, x: Tensor) -> Tensor:
+        normed: Tensor = super().forward(x)
+        return normed

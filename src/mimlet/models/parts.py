@@ -123,10 +123,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
         """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]."""
         dim = x.shape[-1]
-        weight: Tensor = self.qkv.weight
-        bias: Tensor = self.qkv.bias
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        weight, bias = self._projection()
         if parts < 3:
             weight, bias = weight[: parts * dim], bias[: parts * dim]
         out = linear(x, weight, bias).view(*x.shape[:2], parts, self.heads, dim // self.heads)
@@ -146,6 +143,24 @@ class Attention(nn.Module):
         """Normed tokens [B,T,D] -> [B,T,D], nothing tapped. `bias` [1 or B,H,T,T] is added to the logits."""
         q, k, v = self.project(x)
         return self.output(attend(q, k, v, bias))
+
+    def tail(self, x: Tensor, start: int) -> Tensor:
+        """Normed tokens [B,T,D] -> the outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D]: all tokens are
+        keys and values, the others ask nothing.
+        """
+        width = x.shape[-1]
+        weight, bias = self._projection()
+        q = linear(x[:, start:], weight[:width], bias[:width])
+        q = q.view(*q.shape[:2], self.heads, -1).transpose(1, 2)
+        kv = linear(x, weight[width:], bias[width:]).view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.output(attend(q, *kv.unbind(0)))
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        """Weight [3D,D] and bias [3D] of queries, keys and values."""
+        bias: Tensor = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.qkv.weight, bias
 
 
 class Mlp(nn.Module):
@@ -213,16 +228,8 @@ class Block(nn.Module):
         return x + branch
 
     def tail(self, x: Tensor, start: int) -> Tensor:
-        """The outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D]: all tokens are keys and values, the
-        others ask nothing.
-        """
-        attn, width = self.attn, x.shape[-1]
-        y = self.norm1(x)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        q = linear(y[:, start:], weight[:width], bias[:width])
-        kv = linear(y, weight[width:], bias[width:]).view(*x.shape[:2], 2, attn.heads, -1).permute(2, 0, 3, 1, 4)
-        heads = attend(q.view(*q.shape[:2], attn.heads, -1).transpose(1, 2), *kv.unbind(0))
-        return self.add_mlp(self.add_attention(x[:, start:], attn.output(heads)))
+        """The outputs of tokens `start`, `start` + 1, ... only, [B,T-start,D], see `Attention.tail`."""
+        return self.add_mlp(self.add_attention(x[:, start:], self.attn.tail(self.norm1(x), start)))
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B,T,D] -> [B,T,D], nothing tapped. `bias`: see `Attention.forward`."""
@@ -240,3 +247,14 @@ def init_mae(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def init_qkv_apart_(module: nn.Module) -> None:
+    """Draws queries, keys and values of every self-attention inside as matrices of their own, xavier-uniform (MoCo
+    v3's initialisation, where it differs from MAE's).
+    """
+    for part in module.modules():
+        if isinstance(part, Attention):
+            for matrix in part.qkv.weight.chunk(3):
+                nn.init.xavier_uniform_(matrix)

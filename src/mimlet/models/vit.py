@@ -24,6 +24,7 @@ from mimlet.models.parts import (
     attend,
     attention_logits,
     init_mae,
+    init_qkv_apart_,
     relative_index,
     resize_positions,
     sincos_positions,
@@ -139,6 +140,15 @@ class ViT(nn.Module):
             self.pos_embed.requires_grad_(False)
         elif self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    @torch.no_grad()
+    def init_moco_(self) -> None:
+        """MoCo v3's initialisation: MAE's, but queries, keys and values are drawn apart, and the class token starts
+        near zero.
+        """
+        init_qkv_apart_(self)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     @torch.no_grad()
     def init_classifier_(self) -> None:

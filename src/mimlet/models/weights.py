@@ -48,9 +48,12 @@ HEADS_BY_WIDTH = {192: (3, 12), 384: (6, 12), 768: (12,), 1024: (16,), 1280: (16
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
 HEAD_PARTS = ("fc_norm.", "head.", "head_dist.", "dist_norm.", "fc.", "pre_logits.", "attn_pool.")
 OF_DECODER, OF_HEAD = "of the decoder", "of the head"
+OTHER_NAMES = {".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2", "pred_head.transforms.0.0.": "norm."}
+"""timm's layer scale; the head's norm in MaskFeat's files, where no other follows the last block."""
 FOREIGN_PARTS = ("reg_token", "register_tokens", "norm_pre.")
-FINE_TUNED_PARTS = ("relative_position_bias_table", "gamma_1", "gamma_2", "q_bias", "v_bias", "dist_token")
-SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+TABLE = "relative_position_bias_table"
+FINE_TUNED_PARTS = (TABLE, "gamma_1", "gamma_2", "q_bias", "v_bias", "dist_token")
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 PLAIN_NAME = re.compile(
     r"(cls|dist)_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)|rel_pos_bias\.relative_position_bias_table|"
     r"blocks\.\d+\.("
@@ -107,7 +110,9 @@ class Checkpoint:
 
 @dataclass
 class LoadReport:
-    """What a loading did, tensor by tensor: names, and reasons or sizes."""
+    """What a loading did, tensor by tensor: names, and reasons or sizes. `normalised`: mean and deviation that the
+    encoder's images had, where its file tells.
+    """
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -115,6 +120,7 @@ class LoadReport:
     skipped: dict[str, str] = field(default_factory=dict)
     fresh: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    normalised: Normalisation | None = None
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded from {self.source}"]
@@ -191,7 +197,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if not (path / DECODER_FILE).is_file():
         return checkpoint
     decoder, metadata = read_tensors(path / DECODER_FILE)
-    info = _info(path / DECODER_FILE, metadata)
+    info = stored_info(path / DECODER_FILE, metadata)
     return replace(
         checkpoint,
         decoder=decoder,
@@ -212,7 +218,7 @@ def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int 
     if shape is None:
         state = checkpoint.encoder
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        own = "blocks.0.attn.relative_position_bias_table" in state
+        own = f"blocks.0.attn.{TABLE}" in state
         qv = "blocks.0.attn.q_bias" in state
         scale = state.get("blocks.0.gamma_1")
         shape = ViTShape(
@@ -257,13 +263,16 @@ def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None =
     if keep_blocks == 0:
         report.notes.append("keep_blocks 0: nothing loaded")
         return report
+    if "mean" in checkpoint.info and "std" in checkpoint.info:
+        report.normalised = (checkpoint.mean, checkpoint.std)
     kept = encoder.depth if keep_blocks is None else keep_blocks
     _check_fit(encoder, checkpoint, keep_blocks, report)
+    _check_form(encoder, checkpoint)
     only = f"only the first {kept} blocks are used"
     state = dict(checkpoint.encoder)
     if SHARED_TABLE in state and encoder.shape.relative in ("full", "qv"):
         shared = state.pop(SHARED_TABLE)
-        state |= {f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(encoder.depth)}
+        state |= {f"blocks.{i}.attn.{TABLE}": shared for i in range(encoder.depth)}
         report.notes.append("the table of relative positions that all blocks shared starts the table of each block")
     for name in list(state):
         if _block(name) >= kept or (name.startswith("norm.") and kept < encoder.depth):
@@ -283,7 +292,7 @@ def fill_encoder(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None =
             hint = (
                 "Only the method classify with method.distill.token=distillation can go on with such an encoder"
                 if name == "dist_token"
-                else "Set encoder.relative and encoder.layer_scale as in the file"
+                else "Expected a whole encoder of one form"
             )
             raise WeightsError(
                 f"{checkpoint.source} has {name}, which the encoder lacks: it would compute something else. {hint}"
@@ -396,13 +405,22 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, o
     write_atomic(path, save(plain, metadata={"mimlet": json.dumps(info)}))
 
 
+def of_beit_family(shape: ViTShape) -> bool:
+    """Whether an encoder has a part that timm has in `Beit` and not in its plain ViT: relative positions, or biases of
+    queries and values alone.
+    """
+    return shape.relative != "none" or shape.qv_bias
+
+
 def encoder_state(encoder: ViT) -> dict[str, Tensor]:
     """An encoder's tensors under timm's names; a distillation token has a row of zeros in timm's table of positions."""
-    state = {
-        name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): value
-        for name, value in encoder.state_dict().items()
-    }
-    if encoder.dist_token is not None:
+    state = encoder.state_dict()
+    if not of_beit_family(encoder.shape):
+        state = {
+            name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): value
+            for name, value in state.items()
+        }
+    if encoder.dist_token is not None and encoder.pos_embed is not None:
         table = state["pos_embed"]
         state["pos_embed"] = torch.cat([table[:, :1], torch.zeros_like(table[:, :1]), table[:, 1:]], dim=1)
     return state
@@ -493,7 +511,12 @@ def _classifier(checkpoint: Checkpoint, heads: int) -> Classifier:
 
 def _from_file(path: Path) -> Checkpoint:
     tensors, metadata = read_tensors(path)
-    info = _info(path, metadata)
+    info = stored_info(path, metadata)
+    if info.get("kind") == "tokenizer":
+        raise WeightsError(
+            f"{path} is a visual tokenizer (method {info.get('method')}), not an encoder; it serves the method beit as "
+            "method.tokenizer"
+        )
     checkpoint = _sorted(str(path), tensors, info, metadata.get("container", ""))
     if "shape" not in info:
         return checkpoint
@@ -504,7 +527,7 @@ def _from_file(path: Path) -> Checkpoint:
     return replace(checkpoint, heads=shape.heads, shape=shape)
 
 
-def _info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def stored_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What our files store beside their tensors."""
     try:
         info: dict[str, Any] = json.loads(metadata.get("mimlet", "{}"))
@@ -519,7 +542,8 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
     wrapper = next((w for w in WRAPPERS if f"{w}patch_embed.proj.weight" in state), "")
     ignored = {name: f"not part of '{wrapper[:-1]}'" for name in state if not name.startswith(wrapper)}
     state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
-    state = {name.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for name, v in state.items()}
+    for theirs, ours in OTHER_NAMES.items():
+        state = {name.replace(theirs, ours): value for name, value in state.items()}
     whole = {_block(name) for name in state if name.endswith(".attn.proj.weight")}
     encoder, decoder, head = {}, {}, {}
     for name, value in state.items():
@@ -537,8 +561,9 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
             raise WeightsError(f"{source} is not a plain ViT: its {wrapper}{name} has no place in one")
         else:
             ignored[name] = "not known"
-    positions = SHARED_TABLE if SHARED_TABLE in encoder else "pos_embed"
-    needed = ("patch_embed.proj.weight", positions, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+    needed = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"]
+    if "shape" not in info:
+        needed.append(_relative_table(encoder) or "pos_embed")
     for name in needed:
         if name not in encoder:
             first = next(iter(tensors))
@@ -599,6 +624,28 @@ def _check_fit(encoder: ViT, checkpoint: Checkpoint, keep_blocks: int | None, re
         report.notes.append(f"the file does not tell its head count: taken as the encoder's {encoder.heads}")
 
 
+def _check_form(encoder: ViT, checkpoint: Checkpoint) -> None:
+    """Refuses a file with positions, biases or a layer scale that the encoder has no place for; says what to set."""
+    state, shape, form = checkpoint.encoder, encoder.shape, dict[str, str]()
+    separate, table = "blocks.0.attn.q_bias" in state, _relative_table(state)
+    if ("pos_embed" in state) != (shape.position != "none"):
+        learned = checkpoint.shape.position if checkpoint.shape else "learned"
+        form["position"] = learned if "pos_embed" in state else "none"
+    if table and shape.relative in (("none",) if table == SHARED_TABLE else ("none", "shared")):
+        form["relative"] = "qv" if separate else "full"
+    if separate and not (shape.qv_bias or "qv" in (shape.relative, form.get("relative"))):
+        form["qv_bias"] = "true"
+    if "blocks.0.gamma_1" in state and shape.layer_scale is None:
+        form["layer_scale"] = "0.1"
+    if form:
+        wanted = " ".join(f"encoder.{name}={value}" for name, value in form.items())
+        keep = "; or relative=shared, to keep one table for all blocks" if table == SHARED_TABLE else ""
+        raise WeightsError(
+            f"{checkpoint.source} is a ViT with parts that the encoder lacks, or without some of its parts: it would "
+            f"compute something else. Set {wanted}{keep if 'relative' in form else ''}"
+        )
+
+
 def _fitted(
     checkpoint: Checkpoint, name: str, value: Tensor, parameter: Tensor, encoder: ViT, report: LoadReport
 ) -> Tensor:
@@ -621,8 +668,7 @@ def _why_fresh(name: str, checkpoint: Checkpoint) -> str:
         return "only the fine-tuned form has it"
     if name.startswith("norm.") and "fc_norm.weight" in checkpoint.head:
         return "a classifier with mean pooling has none"
-    hint = "encoder.relative='qv' has no such bias" if name.endswith("qkv.bias") else "expected a whole encoder"
-    raise WeightsError(f"{checkpoint.source} lacks the encoder's {name}; {hint}")
+    raise WeightsError(f"{checkpoint.source} lacks the encoder's {name}; expected a whole encoder")
 
 
 def _decide_heads(checkpoint: Checkpoint, heads: int) -> int:
@@ -661,7 +707,12 @@ def _image_side(checkpoint: Checkpoint) -> int:
     state = checkpoint.encoder
     if "pos_embed" in state:
         return _side(checkpoint, "pos_embed", state["pos_embed"], int("cls_token" in state))
-    return (math.isqrt(len(state[SHARED_TABLE]) - 3) + 1) // 2
+    return (math.isqrt(len(state[_relative_table(state)]) - 3) + 1) // 2
+
+
+def _relative_table(state: Mapping[str, Tensor]) -> str:
+    """Name of the table of relative positions that all blocks share, or of the first block's own; empty without."""
+    return next((name for name in (SHARED_TABLE, f"blocks.0.attn.{TABLE}") if name in state), "")
 
 
 def _block(name: str) -> int:

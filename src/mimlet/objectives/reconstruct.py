@@ -53,3 +53,55 @@ def masked_pixel_loss(prediction: Tensor, images: Tensor, patch: int, ids_hidden
     if normalise:
         target = normalise_patches(target)
     return F.mse_loss(prediction.float(), target)
+
+
+def masked_absolute_loss(prediction: Tensor, images: Tensor, patch: int, ids_hidden: Tensor) -> Tensor:
+    """Absolute error of raw pixels over hidden patches, with the denominator of SimMIM's code: sum over 3 (pixels +
+    1e-5). `prediction` [B,M,p*p*3] in the order of `ids_hidden` [B,M].
+    """
+    error = F.l1_loss(prediction.float(), patchify(images, patch, ids_hidden), reduction="sum")
+    return error / (prediction.numel() / 3 + 1e-5) / 3
+
+
+def masked_mean(error: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of an error per patch [B,N] over the hidden patches [B,N] of the whole batch; images may hide different
+    numbers.
+    """
+    return torch.where(hidden, error, 0).sum() / hidden.sum()
+
+
+def normalise_channels(patches: Tensor) -> Tensor:
+    """Each patch and each of its colour channels by itself, minus the mean, over the standard deviation; biased
+    variance, 1e-5 inside the root (BootMAE's code; its paper does not say). [...,p*p*3] -> the same.
+    """
+    pixels, mean, deviation = _channels(patches)
+    return ((pixels - mean) / deviation).flatten(-2)
+
+
+def denormalise_channels(prediction: Tensor, patches: Tensor) -> Tensor:
+    """The inverse of `normalise_channels`, with the statistics of the true patches (for pictures only)."""
+    _, mean, deviation = _channels(patches)
+    return (prediction.view(*prediction.shape[:-1], -1, 3) * deviation + mean).flatten(-2)
+
+
+def _channels(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels [...,p*p,3] of patches [...,p*p*3], and the mean and deviation [...,1,3] of each channel."""
+    pixels = patches.view(*patches.shape[:-1], -1, 3)
+    variance, mean = torch.var_mean(pixels, dim=-2, correction=0, keepdim=True)
+    return pixels, mean, (variance + 1e-5).sqrt()
+
+
+def inside_weights(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weights [B,N] of a mask [B,N] over a grid (rows, columns): 0 of visible patches; of hidden ones 1 and the share
+    of hidden patches in the square of nine around it, where everything beyond the edge is visible (BootMAE's code).
+    """
+    squares = hidden.float().view(len(hidden), 1, *grid)
+    return (squares * (1 + F.avg_pool2d(squares, 3, stride=1, padding=1))).flatten(1)
+
+
+def weighted_error(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared error of M patches each, [B,M,...], mean over their numbers, times their weights [B,M], mean over
+    patches: a scalar.
+    """
+    error = (prediction.float() - target).square().mean(dim=-1)
+    return (error if weights is None else weights * error).mean()

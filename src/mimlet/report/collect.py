@@ -384,6 +384,8 @@ def _facts(runs: Sequence[Shown]) -> list[Row]:
 
 
 def _encoder(shown: Shown) -> str:
+    if not METHODS[shown.run.config.method.name].encoder:
+        return ""
     settings = shown.run.config.encoder
     shape = settings.resolved()
     return (

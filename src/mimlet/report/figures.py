@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +43,11 @@ GAP = 4
 LABEL = 24
 INK = (118, 118, 118, 255)
 """Grey that is legible on white and on the dark page: grids have a transparent ground."""
+COLOURS = "inferno"
+OPAQUE = 0.85
+"""How much of the image the largest value of a map covers."""
+GREY = (30, 0.5)
+"""Brightness of the image below a map: this plus a share of its own."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,20 @@ class Picture:
         return width, height
 
 
-def reconstruction_grid(
-    original: ArrayLike | torch.Tensor,
-    masked: ArrayLike | torch.Tensor,
-    prediction: ArrayLike | torch.Tensor,
+def image_grid(
+    rows: Mapping[str, ArrayLike | torch.Tensor],
     *,
     mean: Sequence[float],
     std: Sequence[float],
     columns: int = 8,
-    labels: tuple[str, str, str] = ("original", "visible", "reconstruction"),
 ) -> bytes:
-    """PNG of three labelled rows per `columns` images, from normalised images [B,3,H,W].
+    """PNG of labelled rows of equally many normalised images [B,3,H,W], `columns` images at a time.
 
     An image times `std` plus `mean` is in [0, 1]; what lies outside is clipped. Images smaller than 112 px are enlarged
     by a whole factor without smoothing, so that pixels stay pixels.
     """
-    rows = [_to_pixels(images, mean, std) for images in (original, masked, prediction)]
-    count, height, width = rows[0].shape[:3]
+    pixels = {label: _to_pixels(images, mean, std) for label, images in rows.items()}
+    count, height, width = next(iter(pixels.values())).shape[:3]
     enlarge = max(1, round(CELL[0] / max(height, width)))
     reduce = min(1.0, CELL[1] / max(height, width))
     cell = (round(width * enlarge * reduce), round(height * enlarge * reduce))
@@ -84,18 +87,38 @@ def reconstruction_grid(
     columns = min(columns, count)
     bands = math.ceil(count / columns)
     line = LABEL + cell[1] + 2 * GAP
-    canvas = Image.new("RGBA", (columns * (cell[0] + GAP) - GAP, bands * 3 * line), (0, 0, 0, 0))
+    canvas = Image.new("RGBA", (columns * (cell[0] + GAP) - GAP, bands * len(pixels) * line), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for index in range(count):
         band, column = divmod(index, columns)
-        for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
-            top = (3 * band + row) * line
+        for row, (label, images) in enumerate(pixels.items()):
+            top = (len(pixels) * band + row) * line
             if column == 0:
                 draw.text((0, top + 2), label, fill=INK, font=font)
             filter_ = Image.Resampling.NEAREST if reduce == 1 else Image.Resampling.LANCZOS
             picture = Image.fromarray(images[index]).resize(cell, filter_)
             canvas.paste(picture, (column * (cell[0] + GAP), top + LABEL))
     return _png(canvas)
+
+
+def overlay(plain: NDArray[np.uint8], shares: torch.Tensor) -> NDArray[np.uint8]:
+    """A map [rows,columns], not negative, as heat over an image [S,S,3]: grey none, yellow the map's largest value."""
+    from matplotlib import colormaps  # takes half a second, which only a picture is worth
+
+    side = plain.shape[0]
+    scaled = shares / shares.max().clamp_min(torch.finfo(shares.dtype).tiny)  # all may be 0: the class token has it all
+    heat = F.interpolate(scaled[None, None], (side, side), mode="nearest-exact")[0, 0].numpy()
+    grey = GREY[0] + GREY[1] * plain.mean(axis=2, keepdims=True)
+    cover = OPAQUE * heat[..., None]
+    mixed = (1 - cover) * grey + cover * 255 * colormaps[COLOURS](heat)[..., :3]
+    return np.asarray(mixed.round(), dtype=np.uint8)
+
+
+def overlays(images: torch.Tensor, maps: torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """`overlay` of maps [B,rows,columns] over normalised images [B,3,S,S], normalised again."""
+    pixels = [overlay(*pair) for pair in zip(_to_pixels(images, mean, std), maps.float().cpu(), strict=True)]
+    shown = (np.stack(pixels) / 255 - np.asarray(mean)) / np.asarray(std)
+    return torch.from_numpy(shown).permute(0, 3, 1, 2).float()
 
 
 def image_strip(images: ArrayLike | torch.Tensor, *, mean: Sequence[float], std: Sequence[float]) -> bytes:

@@ -1,5 +1,5 @@
-"""Image classification: from scratch, by fine-tuning, or with label distillation (MAE-lite's recipes, G2SD's specific
-stage).
+"""Image classification: from scratch (also as pre-training), by fine-tuning, or with label distillation (MAE-lite's
+recipes, G2SD's specific stage, AugReg).
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from mimlet.methods.settings import ClassifySettings
 from mimlet.models.classifier import Classifier, ClassifierHead
 from mimlet.models.vit import ViT, build_encoder
 from mimlet.models.weights import LoadReport, encoder_state, load_classifier, load_encoder_weights
+from mimlet.objectives.labels import sigmoid_cross_entropy
 from mimlet.tasks.distil import LabelTerm
 from mimlet.tasks.metrics import evaluating
 
 if TYPE_CHECKING:
     from mimlet.config import Config
     from mimlet.models.teacher import Teachers
+
+SIGMOID_BIAS = -10.0
+"""The head's first bias with a sigmoid per class: nearly no class is there (AugReg; `init_head_bias` in big_vision)."""
 
 
 class Classify(Task):
@@ -63,6 +67,8 @@ class Classify(Task):
                 "method.pool=class and method.distill read the class token, and this encoder has none; "
                 "set encoder.class_token=true, or method.pool=mean without method.distill"
             )
+        if settings.loss == "sigmoid":
+            nn.init.constant_(self.head.head.bias, SIGMOID_BIAS)
         if self.head.fc_norm is not None:
             encoder.norm.requires_grad_(False)  # skipped by mean pooling
         self.teacher = teacher
@@ -110,7 +116,8 @@ class Classify(Task):
         images, targets = self.augment(batch)
         logits = self.head(self.encoder(images, taps=self.head.taps(self.encoder.depth)))
         smoothing = 0.0 if self.mixup else self.settings.smoothing
-        losses = {"classification": F.cross_entropy(logits[0].float(), targets, label_smoothing=smoothing)}
+        entropy = sigmoid_cross_entropy if self.settings.loss == "sigmoid" else F.cross_entropy
+        losses = {"classification": entropy(logits[0].float(), targets, label_smoothing=smoothing)}
         if self.teacher is not None and self.distillation is not None:
             with torch.no_grad():
                 answer = self.teacher(images)

@@ -20,15 +20,15 @@ from mimlet.data.source import Source, open_source
 from mimlet.errors import DataError
 from mimlet.methods.base import Method
 from mimlet.models.vit import ViT
-from mimlet.report.figures import image_strip
-from mimlet.run import FIXED, RunFolder
+from mimlet.report.figures import image_strip, overlays
+from mimlet.run import RunFolder
 from mimlet.tasks.probe import Labelled, extract_features, held_out, knn_probe, logistic_probe
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 SHOWN = 8
-"""Training images whose reconstruction a run shows."""
+"""Training images that a run shows."""
 BATCH = 256
 """Labelled images at a time."""
 
@@ -92,7 +92,7 @@ class EncoderJudge:
         )
 
 
-class Reconstructions:
+class Pictures:
     """What a method makes of a few fixed training images, under fixed masks, whenever it is asked."""
 
     def __init__(self, config: Config, dataset: ImageDataset, fabric: Fabric) -> None:
@@ -101,8 +101,8 @@ class Reconstructions:
 
     @torch.no_grad()
     def rows(self, method: Method) -> dict[str, Tensor]:
-        """Normalised images [B,3,S,S]: original, visible, reconstruction; nothing of methods that show nothing, or
-        where none of the images can be read.
+        """The rows of `Method.pictures` as normalised images [B,3,S,S] by label; nothing of methods that show nothing,
+        or where none of the images can be read.
         """
         if type(method).pictures is Method.pictures:
             return {}
@@ -123,9 +123,14 @@ class Reconstructions:
         if not len(self.batch):
             return {}
         with self.fabric.autocast():
-            pictures = method.pictures(self.batch.prepare(self.fabric.device, augment.mean, augment.std))
-        named = {"original": "original", "visible": "masked", "reconstruction": "reconstruction"}
-        return {name: pictures[given].float().cpu() for name, given in named.items()} if pictures else {}
+            given = method.pictures(self.batch.prepare(self.fabric.device, augment.mean, augment.std))
+        rows = {label: row.float().cpu() for label, row in given.items()}
+        first = next(iter(rows.values()), None)
+        return {
+            label: row if row.ndim == 4 else overlays(first, row, mean=augment.mean, std=augment.std)
+            for label, row in rows.items()
+            if first is not None
+        }
 
     def keep(self, method: Method, step: int, run: RunFolder) -> None:
         """Leaves a picture of the moment after `step` steps in the run folder, unless it is there."""
@@ -133,7 +138,8 @@ class Reconstructions:
             return
         augment = self.config.data.augment
         strips = {
-            name: image_strip(images, mean=augment.mean, std=augment.std) for name, images in self.rows(method).items()
+            label: image_strip(images, mean=augment.mean, std=augment.std)
+            for label, images in self.rows(method).items()
         }
         if strips:
-            run.picture(step, strips["reconstruction"], {name: strips[name] for name in FIXED})
+            run.picture(step, strips, method.picture_caption)
