@@ -5,7 +5,6 @@ from mimlet.objectives.reconstruct import (
     denormalise_channels,
     inside_weights,
     masked_absolute_loss,
-    masked_mean,
     normalise_channels,
     weighted_error,
 )
@@ -41,7 +40,3 @@ def test_absolute_error_of_hidden_pixels() -> None:
     assert_close(loss, torch.tensor(4 / (4 + 1e-5) / 3))
 
 
-def test_masked_mean_counts_hidden_patches_not_images() -> None:
-    error = torch.tensor([[1.0, 2.0, 9.0], [4.0, float("nan"), 9.0]])
-    hidden = torch.tensor([[True, True, False], [True, False, False]])
-    assert masked_mean(error, hidden) == (1 + 2 + 4) / 3

@@ -23,7 +23,7 @@ PRETRAIN: dict[str, dict[str, Any]] = {
     "g2sd": {"name": "g2sd", "decoder": DECODER},
     "dmae_features": {"name": "dmae_features", "decoder": DECODER},
     "simmim": {"name": "simmim", "mask_px": 8},
-    "maskfeat": {"name": "maskfeat"},
+    "maskfeat": {"name": "maskfeat", "masking": {"smallest": 0.06, "tries": 1}},
     "maskfeat_teacher": {"name": "maskfeat", "target": "teacher"},
     "bootmae": {"name": "bootmae", "decoder": DECODER, "momentum": (0.5, 0.7, 0.9)},
     "beit": {"name": "beit", "masking": {"smallest": 0.06, "tries": 1}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,12 +17,13 @@ from mimlet.methods.base import Clock, Method
 from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_encoder
 from mimlet.methods.masked import block_masking, draw_, init_truncated_, mask_token
 from mimlet.methods.settings import HOGSettings, MaskFeatSettings
+from mimlet.methods.whole_step import WholeStep
 from mimlet.models.linear import Linear
 from mimlet.models.teacher import Teacher, Teachers
 from mimlet.models.vit import ViT
 from mimlet.models.weights import LoadReport
 from mimlet.objectives.hog import hog_patches, strokes
-from mimlet.objectives.reconstruct import masked_mean, normalise_patches, patchify
+from mimlet.objectives.reconstruct import normalise_patches, patchify
 
 if TYPE_CHECKING:
     from mimlet.config import Config
@@ -56,6 +58,7 @@ class MaskFeat(Method):
         self.head = Linear(encoder.dim, self.outputs)
         draw_(self.head.weight, UNCUT)
         nn.init.zeros_(self.head.bias)
+        self.step = WholeStep(_figures, count="hidden")
         self.load_report: LoadReport | None = None
         self.picture_caption = STROKES if settings.target == "hog" else RECONSTRUCTION
         self.weights = {"prediction": 1.0}
@@ -76,9 +79,22 @@ class MaskFeat(Method):
         return {"mask": self.masking}
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """{prediction}: mean squared error over hidden patches."""
-        error = F.mse_loss(self.predict(batch).float(), self.targets(batch.images), reduction="none")
-        return {"prediction": masked_mean(error.mean(dim=-1), batch.mask.hidden)}
+        """{prediction}: mean squared error over all hidden patches of the step, whichever image, piece or process they
+        are in.
+        """
+        hidden = batch.mask.hidden
+        errors = F.mse_loss(self.predict(batch)[hidden].float(), self.targets(batch.images)[hidden], reduction="none")
+        total = errors.mean(dim=-1).sum()
+        shown = self.step({"error": total, "hidden": hidden.sum()})["prediction"]
+        return {"prediction": self.step.loss(total, shown)}
+
+    def on_gradients(self, clock: Clock) -> None:
+        """Gradients of the mean over the hidden patches of all pieces."""
+        self.step.on_gradients(self.parameters())
+
+    def after_step(self, clock: Clock) -> None:
+        """The next step counts anew."""
+        self.step.after_step()
 
     def predict(self, batch: Batch) -> Tensor:
         """What the student makes of every patch, [B,N,K]."""
@@ -131,6 +147,10 @@ def init_maskfeat_(encoder: ViT) -> None:
     """
     init_truncated_(encoder, UNCUT, shift=0.02)
     nn.init.zeros_(encoder.norm.bias)
+
+
+def _figures(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"prediction": sums["error"] / sums["hidden"].clamp(min=1)}
 
 
 def fitted_hog(settings: HOGSettings, encoder: ViT) -> HOGSettings:

@@ -63,13 +63,6 @@ def masked_absolute_loss(prediction: Tensor, images: Tensor, patch: int, ids_hid
     return error / (prediction.numel() / 3 + 1e-5) / 3
 
 
-def masked_mean(error: Tensor, hidden: Tensor) -> Tensor:
-    """Mean of an error per patch [B,N] over the hidden patches [B,N] of the whole batch; images may hide different
-    numbers.
-    """
-    return torch.where(hidden, error, 0).sum() / hidden.sum()
-
-
 def normalise_channels(patches: Tensor) -> Tensor:
     """Each patch and each of its colour channels by itself, minus the mean, over the standard deviation; biased
     variance, 1e-5 inside the root (BootMAE's code; its paper does not say). [...,p*p*3] -> the same.
