@@ -38,5 +38,3 @@ def test_absolute_error_of_hidden_pixels() -> None:
     prediction = torch.tensor([[[8.0, 24, 40, 9, 25, 41, 12, 28, 44, 13, 29, 41]]])
     loss = masked_absolute_loss(prediction, images, 2, torch.tensor([[2]]))
     assert_close(loss, torch.tensor(4 / (4 + 1e-5) / 3))
-
-

@@ -5,13 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mimlet.config import SpeedSettings
 from mimlet.errors import ConfigError
 from mimlet.hardware import computes_in_bf16
 from mimlet.methods.base import Clock
 from mimlet.run import read_run
-from mimlet.train.distributed import gather_objects, gather_rows, idle_parameters, make_fabric, resolve_precision
+from mimlet.train.distributed import (
+    compile_encoders,
+    gather_objects,
+    gather_rows,
+    idle_parameters,
+    make_fabric,
+    resolve_precision,
+)
 from tests.train.toy import Toy, batches, config, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +97,25 @@ def test_precision() -> None:
     assert resolve_precision("auto", "cpu") == ("bf16-mixed" if computes_in_bf16("cpu") else "32-true")
     with pytest.raises(ConfigError, match=r"speed\.precision=16 needs a GPU; use bf16, 32 or auto"):
         resolve_precision("16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("ema", "expected"),
+    [
+        ({}, ["encoder"]),
+        ({"encoder": "student", "head": "student_head"}, ["encoder", "student"]),
+        ({"momentum_encoder": "encoder", "momentum_projector": "projector"}, ["encoder", "momentum_encoder"]),
+    ],
+)
+def test_encoders_are_compiled_with_those_they_follow(
+    ema: dict[str, str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = nn.Module()
+    names = sorted({"encoder", *ema, *ema.values()})
+    for name in names:
+        method.add_module(name, nn.Linear(1, 1))
+    method.ema = ema  # type: ignore[assignment]
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    compile_encoders(method)  # type: ignore[arg-type]
+    assert [name for part in compiled for name in names if getattr(method, name) is part] == expected

@@ -56,17 +56,24 @@ def resolve_precision(setting: str, device_type: str) -> Precision:
     return "bf16-mixed" if setting == "bf16" else "32-true"
 
 
+def compile_encoders(method: Method) -> None:
+    """Compiles the encoder, the one it follows (DINO), and those that follow it (BootMAE, MoCo v3)."""
+    names = {"encoder", *(name for pair in method.ema.items() if "encoder" in pair for name in pair)}
+    for name in sorted(names):
+        getattr(method, name).compile()
+
+
 def idle_parameters(method: Method, fabric: Fabric, batch: Batch, clock: Clock, *, compiled: bool = False) -> list[str]:
     """Names of trainable parameters that one step gives no gradient, found on a copy: the method itself is not touched.
 
     DDP waits for the gradient of every parameter that asks for one, so these must not ask. A loss that joins later in
-    training has to be in the graph from the start (multiplied by zero, not left out). `compiled`: the copy's encoder
-    runs through `torch.compile`, to learn whether it can.
+    training has to be in the graph from the start (multiplied by zero, not left out). `compiled`: the copy's encoders
+    run through `torch.compile`, to learn whether it can.
     """
     shared = {id(part): part for part in (getattr(method, name) for name in method.frozen)}
     trial = copy.deepcopy(method, shared)
     if compiled:
-        trial.encoder.compile()
+        compile_encoders(trial)
     with fabric.autocast():
         losses = trial(batch, clock)
     torch.autograd.backward(weighted(losses, trial.weights))

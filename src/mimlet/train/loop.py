@@ -44,7 +44,15 @@ from mimlet.methods.base import Clock, Method
 from mimlet.run import LINE_KEYS, Kind, RunFolder, Value
 from mimlet.train import optim
 from mimlet.train.checkpoint import Checkpoints, State, to_bytes, write_checked
-from mimlet.train.distributed import Piece, Step, gather_objects, gather_rows, idle_parameters, weighted
+from mimlet.train.distributed import (
+    Piece,
+    Step,
+    compile_encoders,
+    gather_objects,
+    gather_rows,
+    idle_parameters,
+    weighted,
+)
 
 Batches = Callable[[int, int], Generator[Batch, None, None]]
 """(first step, total steps) -> this process's micro-batches of those steps, `speed.accumulate` per step, on the CPU."""
@@ -517,7 +525,7 @@ class _Loop:
             if compiled:
                 try:
                     idle_parameters(self.method, self.fabric, trial, self._clock(), compiled=True)
-                    self.method.encoder.compile()
+                    compile_encoders(self.method)
                 except Exception as error:  # whatever the compiler meets: training goes on without it
                     reason = str(error).strip().partition("\n")[0]
                     self.say(f"continuing without torch.compile, which failed: {type(error).__name__}: {reason}")
