@@ -471,7 +471,9 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> Path
 
 
 def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
-    """The pictures that a run has left in its folder."""
+    """The pictures that a run has left in its folder. Without a `prefix`, which tells several runs apart, a film stands
+    in place of what training ended with.
+    """
     shown, rows = read_shown(folder), read_pictures(folder)
     *fixed, last = shown.rows
     pictures, moments = [], [label for label in rows if label not in fixed]
@@ -483,10 +485,10 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
             "Rows are true classes; each sums to 100 %.",
         ),
     }
-    if len(moments) > 1:
+    if len(moments) > 1 and not prefix:
         del known[f"{last}.png"]
         alt = f"Rows of the same training images: {', '.join(fixed)}, {last} from {moments[0]} to {moments[-1]}"
-        pictures.append(Picture(f"{prefix}{last.capitalize()} as training goes", film(rows), alt, shown.caption))
+        pictures.append(Picture(f"{last.capitalize()} as training goes", film(rows), alt, shown.caption))
     return pictures + [
         Picture(prefix + title, (folder / name).read_bytes(), alt, caption)
         for name, (title, alt, caption) in known.items()
