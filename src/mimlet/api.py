@@ -56,14 +56,13 @@ from mimlet.tasks.heads import head_losses
 from mimlet.tasks.metrics import Scores, evaluate_classifier
 from mimlet.tasks.probe import Labelled, extract_features, knn_probe, logistic_probe
 from mimlet.tasks.robustness import (
-    ROBUSTNESS_FILE,
     VIEWS_MEMORY,
     Robustness,
     ShiftedScores,
     judge_views,
     open_shifted,
 )
-from mimlet.tasks.shifts import parse_shifts
+from mimlet.tasks.shifts import ROBUSTNESS_FILE, parse_shifts
 from mimlet.train.distributed import make_fabric
 from mimlet.train.loop import Evaluate, FitResult, Job, fit_together
 from mimlet.train.watch import SHOWN, EncoderJudge, Pictures

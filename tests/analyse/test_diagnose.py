@@ -207,7 +207,7 @@ def test_attention_of_the_upper_third(heads: list[float], verdict: str, decided:
 def test_distance_of_uniform_attention() -> None:
     places = [(y, x) for y in range(4) for x in range(4)]
     mean = sum(math.dist(a, b) for a in places for b in places) / 256
-    assert d._uniform_distance(GRID) == pytest.approx(mean)
+    assert model().uniform_distance == pytest.approx(mean)
     assert mean == pytest.approx(UNIFORM, abs=1e-3)
 
 
@@ -217,7 +217,7 @@ def test_distance_of_uniform_attention() -> None:
 def test_heads_that_do_the_same(entropy: float, distance: float, alike: bool) -> None:
     judged = model(
         entropy=[[0.8 * LN_N, (0.8 + entropy) * LN_N]] * 6,
-        distance=[[1.0, 1.0 + distance * d._uniform_distance(GRID)]] * 6,
+        distance=[[1.0, 1.0 + distance * model().uniform_distance]] * 6,
     )
     found = answer(diagnose(analysis(judged)), d.SAME_HEADS)
     assert found.verdict.startswith("Yes") == alike

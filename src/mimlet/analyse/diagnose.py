@@ -12,7 +12,6 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -618,7 +617,7 @@ def _attention(model: ModelFindings) -> Answer:
         ),
         f"Entropy over the heads of blocks {first + 1} to {model.depth}: {min(low):.2f} to {max(high):.2f} of ln N "
         f"(each block's lowest: {_numbers(low)}; highest: {_numbers(high)}); distance {min(distances):.2f} to "
-        f"{max(distances):.2f} patches, uniform attention has {_uniform_distance(model.grid):.2f}. Page: "
+        f"{max(distances):.2f} patches, uniform attention has {model.uniform_distance:.2f}. Page: "
         "Attention.",
         f"A block is collapsed to uniform where its lowest head is at {UNIFORM_ATTENTION.sign} or above, not below "
         f"{UNIFORM_ATTENTION.none} ({UNIFORM_ATTENTION.source}); to a point where its highest is at "
@@ -633,14 +632,6 @@ def _attention(model: ModelFindings) -> Answer:
         sign is not None,
     )
     return finding, sign
-
-
-def _uniform_distance(grid: tuple[int, int]) -> float:
-    """Mean distance of two patches of a grid, in patches: that of uniform attention."""
-    rows, columns = grid
-    offsets = product(range(1 - rows, rows), range(1 - columns, columns))
-    total = sum((rows - abs(y)) * (columns - abs(x)) * math.hypot(y, x) for y, x in offsets)
-    return total / (rows * columns) ** 2
 
 
 def _probe(model: ModelFindings, labels: str) -> Answer:
@@ -725,7 +716,7 @@ def _same_heads(model: ModelFindings) -> Answer:
     assert model.distance
     entropy, distance = model.entropy[-1], model.distance[-1]
     entropies = (max(entropy) - min(entropy)) / math.log(math.prod(model.grid))
-    distances = (max(distance) - min(distance)) / _uniform_distance(model.grid)
+    distances = (max(distance) - min(distance)) / model.uniform_distance
     alike = entropies < HEADS_ALIKE[0] and distances < HEADS_ALIKE[1] and len(entropy) > 1
     finding = Finding(
         SAME_HEADS,

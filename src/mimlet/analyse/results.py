@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,14 @@ class ModelFindings:
     probe: list[float] = field(default_factory=list)
     leading: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def uniform_distance(self) -> float:
+        """The distance of uniform attention, in patches: of two patches of the grid, drawn independently."""
+        rows, columns = self.grid
+        offsets = product(range(1 - rows, rows), range(1 - columns, columns))
+        total = sum((rows - abs(y)) * (columns - abs(x)) * math.hypot(y, x) for y, x in offsets)
+        return total / (rows * columns) ** 2
 
 
 @dataclass(frozen=True)

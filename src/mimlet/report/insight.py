@@ -16,9 +16,8 @@ from mimlet.report.axes import number
 from mimlet.report.diagrams import Bars, Boxes, bars_svg, boxes_svg, heatmap_svg
 from mimlet.report.figures import Curve, Picture, curves_svg
 from mimlet.report.page import Chart, Label, Section, Sheet
+from mimlet.tasks.shifts import ROBUSTNESS_FILE
 
-ROBUSTNESS_FILE = "robustness.json"
-"""Written by `mimlet.tasks.robustness`, which takes seconds to import."""
 BOXES = (
     "Boxes span the quartiles over heads, bars are medians; whiskers reach to the last head within 1.5 times the box, "
     "dots are heads beyond. Models stand in the order of the legend."
@@ -148,7 +147,7 @@ def _distances(models: Sequence[ModelFindings], labels: Sequence[Label]) -> Iter
         scale = 1 if same else model.patch
         distance = scale * np.asarray(model.distance)
         groups.append(Boxes(name, distance.tolist(), style))
-        uniform[_uniform(model, same)] = scale * _mean_distance(*model.grid)
+        uniform[_uniform(model, same)] = scale * model.uniform_distance
     if groups:
         yield Chart(title, boxes_svg(groups, title=title, references=uniform))
 
@@ -165,12 +164,6 @@ def _entropies(models: Sequence[ModelFindings], labels: Sequence[Label]) -> Iter
 
 def _uniform(model: ModelFindings, same: bool) -> str:
     return "uniform attention" if same else f"uniform, {model.grid[0]} x {model.grid[1]} patches"
-
-
-def _mean_distance(rows: int, columns: int) -> float:
-    """Of two patches of a grid, drawn independently, in patches: the distance of uniform attention."""
-    down, across = (np.subtract.outer(np.arange(size), np.arange(size)).ravel() for size in (rows, columns))
-    return float(np.hypot.outer(down, across).mean())
 
 
 def _layers(title: str, values: Sequence[Sequence[float]], labels: Sequence[Label], unit: str = "") -> Iterator[Chart]:

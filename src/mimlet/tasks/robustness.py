@@ -23,12 +23,11 @@ from mimlet.data.corruptions import SEVERITIES, view_name
 from mimlet.data.source import Source, open_source
 from mimlet.errors import DataError
 from mimlet.tasks.metrics import Scores, known_labels
-from mimlet.tasks.shifts import ALEXNET_ERRORS, IMAGENET
+from mimlet.tasks.shifts import ALEXNET_ERRORS, IMAGENET, ROBUSTNESS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROBUSTNESS_FILE = "robustness.json"
 VIEWS_MEMORY = 128 * 2**20
 """Bytes that a batch of images may take with all its corruptions."""
 GREY, BLUE, YELLOW = "#8a8f98", "#1f6fb2", "#f2b134"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from mimlet.config import nearest
 from mimlet.errors import ConfigError
 
+ROBUSTNESS_FILE = "robustness.json"
+"""What a run's robustness is written to."""
 IMAGENET: Mapping[str, int] = {"imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000, "imagenet-v2": 1000}
 """Known sets with classes of ImageNet-1k, and how many of them."""
 
