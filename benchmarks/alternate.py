@@ -1,5 +1,5 @@
 """Runs contenders in processes of their own, one step at a time in turn, so that a slow moment of the machine hits
-all of them alike.
+all of them alike. A contender that uses a GPU is measured there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of every counted step, peak resident memory of the steps in MB, and the loss before the first."""
+    """Seconds of every counted step, peak memory of the steps in MB (of the GPU, or resident), and the loss before the
+    first.
+    """
 
     seconds: list[float]
     memory: float
@@ -48,21 +50,27 @@ def serve(pipe: Connection, job: Job, batch: int, threads: int) -> None:
     torch.manual_seed(0)
     module, _, name = job.contender.partition(":")
     step = getattr(import_module(f"benchmarks.{module}"), name)(batch, job.bf16, *job.options)
-    clock = time.process_time if threads == 1 else time.perf_counter
-    if PEAK.exists():
+    gpu = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    clock = time.process_time if threads == 1 and not gpu else time.perf_counter
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif PEAK.exists():
         PEAK.write_text("5")
     pipe.send(step())
     while pipe.recv():
         start = clock()
         step()
-        pipe.send((clock() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        seconds = clock() - start
+        peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send((seconds, peak / 2**20))
 
 
 def measure(
     jobs: list[Job], batch: int, rounds: int, warmup: int = 1, threads: int = os.cpu_count() or 1
 ) -> dict[str, Measured]:
     """Medians are over `rounds` steps each, after `warmup` uncounted rounds (and the step that every process starts
-    with). Seconds are those of the clock, or of the processor with one thread, whom other work does not slow.
+    with). Seconds are those of the clock, or with one thread those of the processor, whom other work does not slow. A
+    step has to end with a number, for which a GPU has to be done.
     """
     context = get_context("spawn")
     pipes, losses = {}, {}

@@ -29,7 +29,8 @@ from mimlet.analyse.subject import Subject
 from mimlet.data.loader import evaluation_batches
 from mimlet.data.source import Source
 from mimlet.models.features import Taps
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 
 BATCH = 128
 

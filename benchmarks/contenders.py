@@ -34,7 +34,7 @@ def trainer(
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of()
         torch.autograd.backward(loss)
         before()

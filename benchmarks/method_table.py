@@ -358,10 +358,8 @@ def length(run: Run) -> str:
 
 def student(run: Run) -> str:
     encoder = run.config.encoder
-    shape = encoder.resolved()
-    return (
-        f"{encoder.name}, {shape['dim']} wide, {shape['depth']} blocks, {shape['heads']} heads, {encoder.image_size} px"
-    )
+    shape = encoder.shape()
+    return f"{encoder.name}, {shape.dim} wide, {encoder.blocks} blocks, {shape.heads} heads, {encoder.image_size} px"
 
 
 def machine(run: Run) -> str:

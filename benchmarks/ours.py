@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,17 +11,22 @@ from torch import Tensor
 from benchmarks.contenders import RATIO, Step, images, trainer
 from benchmarks.plain import Case, fill, noises
 from benchmarks.plain_baselines import MOMENTUM, Baseline, inputs
+from benchmarks.plain_hierarchical import FEATURE_WEIGHT, FOLLOW, Hierarchical, draws
 from mimlet.config import validate
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.beit import BEiT
+from mimlet.methods.itpn import ITPN
 from mimlet.methods.mae import MAE, build_decoder
-from mimlet.methods.settings import METHODS, BEiTSettings, DecoderSettings
-from mimlet.models.decoders import Decoder
+from mimlet.methods.settings import METHODS, BEiTSettings, DecoderSettings, MaskedFeatureSettings
+from mimlet.models.build import build_encoder, encoder_of
+from mimlet.models.decoders import Decoder, make_decoder
+from mimlet.models.hivit import HiViT
+from mimlet.models.shapes import HieraShape, ViTShape
 from mimlet.models.teacher import Teacher, Teachers
 from mimlet.models.tokenizer import Tokenizer
-from mimlet.models.vit import ViT, ViTShape, build_encoder
+from mimlet.models.vit import ViT
 from mimlet.train.optim import follow
 
 CLOCK = Clock(0, 1, 1, 0)
@@ -147,6 +152,7 @@ def baseline(case: Baseline, given: dict[str, Tensor]) -> Method:
     if name == "beit":
         encoder, settings = build_encoder(config.encoder), config.method
         assert isinstance(settings, BEiTSettings)
+        assert isinstance(encoder, ViT)
         made: Method = BEiT(encoder, Given(case.codes, given["ids"]), settings.masking, ((0.5,) * 3, (0.5,) * 3))
     else:
         made = METHODS[name].load().build(config)
@@ -183,3 +189,30 @@ def mimlet_baseline(batch: int, bf16: bool, case: Baseline) -> Step:
         made.after_step(CLOCK)
 
     return trainer(made, lambda: loss_of(made, ready), bf16, True, lambda: made.on_gradients(CLOCK), after)
+
+
+def hierarchical(case: Hierarchical) -> Method:
+    """The method of a case: MAE, or iTPN where the encoder has a pyramid."""
+    encoder, deep = encoder_of(case.shape), case.decoder
+    position: Literal["sincos", "learned"] = "learned" if isinstance(case.shape, HieraShape) else "sincos"
+    decoder = make_decoder(encoder, 3 * encoder.patch**2, deep.dim, deep.depth, deep.heads, position)
+    if encoder.levels:
+        assert isinstance(encoder, HiViT)
+        features = MaskedFeatureSettings(weight=FEATURE_WEIGHT if case.features else 0)
+        made: Method = ITPN(encoder, decoder, case.ratio, features=features)
+    else:
+        made = MAE(encoder, decoder, case.ratio)
+    if case.features:
+        made.get_submodule("target").requires_grad_(False)
+    fill(made)
+    return made.to(case.device)
+
+
+def mimlet_hierarchical(batch: int, bf16: bool, case: Hierarchical) -> Step:
+    made, (pixels, noise) = hierarchical(case), draws(batch, case)
+
+    def after() -> None:
+        if case.features:
+            follow(made.get_submodule("target"), made.encoder, FOLLOW)
+
+    return trainer(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, True, after=after)

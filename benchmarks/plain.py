@@ -8,6 +8,7 @@ width.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -67,14 +68,18 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Matrices get a variance of 1 / inputs, norms a weight near 1, other vectors values near 0."""
+    """Gives every parameter the values that its name stands for."""
     for name, parameter in parameters(model).items():
-        draws = torch.randn(parameter.numel(), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        if parameter.dim() == 1:
-            values = draws * 0.02 + ("norm" in name and name.endswith("weight"))
-        else:
-            values = draws / parameter[0].numel() ** 0.5
-        parameter.copy_(values.view_as(parameter))
+        parameter.copy_(drawn(name, parameter.shape))
+
+
+def drawn(name: str, shape: torch.Size) -> Tensor:
+    """Matrices get a variance of 1 / inputs, norms a weight near 1, other vectors values near 0."""
+    draws: Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if len(shape) == 1:
+        centre = float("norm" in name and name.endswith("weight"))
+        return draws * 0.02 + centre
+    return draws / math.sqrt(shape[1:].numel())
 
 
 def noises(batch: int, case: Case) -> Callable[[], Tensor]:

@@ -8,6 +8,7 @@ import pytest
 
 from mimlet.config import (
     Config,
+    EncoderSettings,
     changed_settings,
     check_inputs,
     load_config,
@@ -21,6 +22,9 @@ from mimlet.config import (
 )
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import ClassifySettings, DMAESettings, MAESettings
+from mimlet.models.build import settings_of
+from mimlet.models.shapes import HiViTShape
+from mimlet.models.zoo import HIERARCHICAL
 
 
 def minimal(**more: Any) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def test_every_problem_is_reported_at_once() -> None:
             "method.name",
             "maee",
             "method.name: 'maee' (did you mean 'mae'?); known: mae, dmae, tinymim, mimhd, g2sd, dmae_features, "
-            "simmim, maskfeat, beit, dvae, bootmae, dino, mocov3, classify, linear_probe",
+            "simmim, maskfeat, beit, dvae, bootmae, dino, mocov3, itpn, itpn_clip, classify, linear_probe",
         ),
         ("optim.name", "adam", "optim.name: Input should be 'adamw', 'sgd' or 'lars', got 'adam'"),
     ],
@@ -79,6 +83,38 @@ def test_a_wrong_setting_names_the_nearest_known_one(key: str, value: object, me
             {"encoder": {"image_size": 100}},
             "encoder: image_size 100 is not divisible by the patch of 16 px; use 96 or 112, or another patch",
         ),
+        (
+            {"encoder": {"name": "hiera_tiny46", "image_size": 240}},
+            "encoder: image_size 240 is not divisible by the mask unit of 32 px; use 224 or 256, or another patch",
+        ),
+        (
+            {"encoder": {"name": "hiera_tiny46", "stages": [1, 2, 3]}},
+            "encoder: encoder.stages [1, 2, 3]: Hiera has four stages of at least one block each",
+        ),
+        (
+            {"encoder": {"name": "hivit_tiny", "patch": 6, "image_size": 24}},
+            "encoder: encoder.patch 6 is not divisible by 4, and tokens of stage 1 are a quarter of a patch",
+        ),
+        (
+            {"encoder": {"name": "hivit_tiny", "relative": "qv"}},
+            "encoder: encoder.relative=qv is no form of a HiViT or iTPN; expected none or full or decomposed",
+        ),
+        (
+            {"encoder": {"name": "vit_tiny", "window": 7}},
+            "encoder: encoder.window is no part of a plain ViT (vit_tiny); remove it",
+        ),
+        (
+            {"encoder": {"name": "itpn_tiny", "gathering": "to_tokens"}},
+            "encoder: encoder.gathering, global_blocks and window_relative are about windows; set encoder.window (14)",
+        ),
+        (
+            {"encoder": {"name": "itpn_tiny", "window": 7, "global_blocks": [13]}},
+            "encoder: encoder.global_blocks: no block 13; stage 3 has blocks 1 to 12",
+        ),
+        (
+            {"encoder": {"name": "itpn_tiny", "window": 7, "relative": "full"}},
+            "encoder: encoder.relative=full spans the image, and encoder.window does not; use window_relative",
+        ),
         ({"encoder": {"dim": 200, "heads": 12}}, "encoder: width 200 is not divisible by 12 heads"),
         (
             {"encoder": {"dim": 198, "heads": 3}},
@@ -87,6 +123,10 @@ def test_a_wrong_setting_names_the_nearest_known_one(key: str, value: object, me
         (
             {"method": {"name": "mae", "decoder": {"heads": 5}}},
             "method.decoder: width 96 must be divisible by its 5 heads, and by 4 for the 2-D sin-cos positions",
+        ),
+        (
+            {"encoder": {"name": "itpn_tiny"}, "method": {"name": "mae", "decoder": {"dim": 120}}},
+            "method.decoder: width 120 must be divisible by 16, the finest level's tokens in a patch",
         ),
         (
             {"schedule": {"epochs": 3, "steps": 7}},
@@ -267,8 +307,8 @@ def test_smoke_keeps_the_shape_of_the_method() -> None:
     config = validate(smoke(read_recipe("d2mae_tiny")) | {"teacher": {"path": "t"}})
     assert isinstance(config.method, DMAESettings)
     assert (config.method.decode_layer, config.method.extra_block) == (8, True)
-    shape = {"patch": 8, "dim": 48, "depth": 12, "heads": 12}
-    assert config.encoder.resolved() == shape
+    shape = config.encoder.shape()
+    assert (shape.patch, shape.dim, config.encoder.blocks, shape.heads) == (8, 48, 12, 12)
     assert (config.schedule.steps, config.schedule.batch, config.speed.workers) == (3, 8, 0)
     assert list(smoke(read_recipe("transfer_pets"))["sweep"]) == ["optim.lr", "optim.layer_decay"]
 
@@ -281,7 +321,7 @@ def test_smoke_form_of_a_wrong_recipe_is_as_wrong(wrong: dict[str, Any]) -> None
 def test_smoke_form_of_a_recipe_without_a_decoder() -> None:
     config = validate(smoke(minimal(encoder={"name": "vit_nano"})))
     assert isinstance(config.method, MAESettings)
-    assert (config.encoder.resolved()["dim"], config.method.decoder.dim) == (16, 12)
+    assert (config.encoder.shape().dim, config.method.decoder.dim) == (16, 12)
 
 
 def test_inputs_are_looked_for_before_anything_heavy(tmp_path: Path) -> None:
@@ -353,3 +393,24 @@ def test_a_wrong_term_is_named(term: dict[str, object], message: str) -> None:
     values["teacher"] = {"path": "teacher"}
     (problem,) = problems(values)
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_settings_describe_a_shape_and_are_found_again_from_it(name: str) -> None:
+    settings = EncoderSettings(name=name)
+    shape = settings.shape()
+    assert (shape.dim, shape.stages, settings.blocks) == (
+        HIERARCHICAL[name].dim,
+        HIERARCHICAL[name].stages,
+        sum(HIERARCHICAL[name].stages),
+    )
+    assert EncoderSettings(**settings_of(shape)).shape() == shape
+
+
+def test_a_pyramid_is_given_and_taken() -> None:
+    without = EncoderSettings(name="itpn_base", pyramid_depth=0).shape()
+    assert isinstance(without, HiViTShape)
+    assert (without.pyramid_dim, without.pyramid_depth, without.pyramid_hidden) == (0, 0, 0)
+    given = EncoderSettings(name="hivit_base", pyramid_depth=1, pyramid_dim=64).shape()
+    assert isinstance(given, HiViTShape)
+    assert (given.pyramid_dim, given.pyramid_depth, given.pyramid_hidden) == (64, 1, 256)

@@ -54,9 +54,9 @@ def test_header_and_length(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_and_its_smoke_form_are_valid(name: str) -> None:
     whole, small = load(name), load_config(smoke(read_recipe(name)), needed(read_recipe(name)))
-    assert (small.method.name, small.encoder.resolved()["depth"]) == (
+    assert (small.method.name, small.encoder.blocks) == (
         whole.method.name,
-        whole.encoder.resolved()["depth"],
+        whole.encoder.blocks,
     )
     for config in (whole, small):
         for _, point in sweep_points(config):
@@ -82,7 +82,7 @@ def test_small_students_and_teachers_share_a_grid(name: str) -> None:
     config = load(name)
     encoder, method = config.encoder, config.method
     assert encoder.image_size == (64 if "64" in name else 32)
-    patch = 2**method.layers if isinstance(method, DVAESettings) else encoder.resolved()["patch"]
+    patch = 2**method.layers if isinstance(method, DVAESettings) else encoder.shape().patch
     assert encoder.image_size // patch == 8
 
 
@@ -136,6 +136,32 @@ FINETUNE = {
     "data.augment.eval_crop": 0.875,
     "peak": 4e-3,
 }
+ITPN_CLIP = {
+    "schedule.batch": 2048,
+    "schedule.epochs": 800,
+    "schedule.warmup_epochs": 10,
+    "optim.lr": 1.5e-3,
+    "optim.lr_batch": 0,
+    "optim.min_lr": 1e-5,
+    "optim.betas": (0.9, 0.98),
+    "optim.weight_decay": 0.05,
+    "optim.clip": 3.0,
+    "encoder.drop_path": 0.1,
+    "method.masking.ratio": 75 / 196,
+    "method.form": "leak_free",
+}
+ITPN_FINETUNE = {
+    "schedule.batch": 1024,
+    "schedule.epochs": 100,
+    "schedule.warmup_epochs": 5,
+    "optim.betas": (0.9, 0.999),
+    "optim.weight_decay": 0.05,
+    "method.mixup": 0.8,
+    "method.cutmix": 1.0,
+    "method.smoothing": 0.1,
+    "method.erasing": 0.25,
+    "data.augment.randaugment": "rand-m9-mstd0.5-inc1",
+}
 PAPER: dict[str, dict[str, Any]] = {
     "mae_tiny": PRETRAIN | TINY_DECODER | {"encoder.name": "vit_tiny"},
     "dmae_tiny": PRETRAIN | TINY_DECODER | ATTENTION | {"method.decode_layer": None, "method.extra_block": False},
@@ -146,6 +172,26 @@ PAPER: dict[str, dict[str, Any]] = {
     "mae_base_teacher": PRETRAIN
     | {"schedule.epochs": 1600, "data.augment.crop_scale": (0.2, 1.0), "data.augment.interpolation": "bicubic"}
     | {"method.decoder.depth": 8, "method.decoder.dim": 512, "method.decoder.heads": 16, "encoder.name": "vit_base"},
+    "mae_hiera_tiny46": PRETRAIN | TINY_DECODER | {"method.mask_ratio": 0.4, "method.decoder.position": "learned"},
+    "dmae_hiera_tiny46": PRETRAIN
+    | TINY_DECODER
+    | {"method.mask_ratio": 0.4, "method.attention_layers": [(12, 24)], "method.attention_weight": 1.0},
+    "itpn_base": PRETRAIN
+    | {"schedule.epochs": 1600, "data.augment.crop_scale": (0.2, 1.0), "data.augment.interpolation": "bicubic"}
+    | {"method.decoder.depth": 8, "method.decoder.dim": 512, "method.decoder.heads": 16, "encoder.relative": "none"}
+    | {"method.features.weight": 0.3, "method.features.momentum": 0.996, "encoder.drop_path": 0.0},
+    "itpn_base_clip": ITPN_CLIP
+    | {"encoder.relative": "full", "encoder.layer_scale": 0.1, "encoder.pyramid_depth": 1, "method.auxiliary": True}
+    | {"method.target_projection": True, "method.target_norm": True, "data.augment.color_jitter": 0.4},
+    "fast_itpn_base": ITPN_CLIP
+    | {"method.loss": "cosine", "method.target_projection": False, "method.target_norm": False, "optim.eps": 1e-6}
+    | {"method.patch_gradient": 0.1, "schedule.epochs": 1600, "data.augment.crop_scale": (0.2, 1.0)},
+    "classify_hiera_tiny46": FINETUNE | {"encoder.q_pool": 3, "encoder.fuse": "none"},
+    "classify_itpn_base": ITPN_FINETUNE
+    | {"encoder.drop_path": 0.15, "optim.layer_decay": pytest.approx(0.6 ** (13 / 31), abs=1e-3), "peak": 1.6e-3},
+    "classify_fast_itpn_tiny": ITPN_FINETUNE
+    | {"encoder.drop_path": 0.1, "optim.lr": 1e-4, "optim.lr_batch": 0, "optim.layer_decay": 0.8}
+    | {"method.ema_decay": 0.9999},
     "classify_tiny": FINETUNE,
     "classify_tiny_100ep": FINETUNE | {"schedule.epochs": 100},
     "classify_small_vit": FINETUNE | {"optim.layer_decay": 0.75, "encoder.name": "vit_small"},

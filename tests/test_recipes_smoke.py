@@ -46,6 +46,8 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     recipes = {
         "vit_base": "mae_base_teacher",
         "micro": "mae_micro_teacher32",
+        "hiera_base": "mae_hiera_base",
+        "hiera_micro": "mae_hiera_micro32",
         "encoder": "mae_tiny",
         "tokenizer": "dvae",
     }
@@ -60,7 +62,9 @@ def test_smoke_form_trains(recipe: str, images: Path, runs: dict[str, str], tmp_
     method = read_recipe(recipe)["method"]
     overrides = []
     if METHODS[method["name"]].teacher:
-        overrides.append(f"teacher.path={runs['micro' if 'micro' in recipe else 'vit_base']}")
+        size = "micro" if "micro" in recipe else "base"
+        name = f"hiera_{size}" if "hiera" in recipe else {"base": "vit_base"}.get(size, size)
+        overrides.append(f"teacher.path={runs[name]}")
     if "distill" in method:
         overrides.append(f"teacher.path={runs['labels']}")
     if method["name"] == "beit":

@@ -35,11 +35,12 @@ from mimlet.errors import ConfigError, DataError, RunError, WeightsError
 from mimlet.export.timm import DESCRIPTION_FILE, export_classifier, export_encoder, snippet
 from mimlet.methods.base import Method, Task
 from mimlet.methods.settings import METHODS
+from mimlet.models.build import settings_of
 from mimlet.models.classifier import Classifier
 from mimlet.models.decoders import Decoder
+from mimlet.models.encoder import Encoder
 from mimlet.models.teacher import Teachers
 from mimlet.models.tokenizer import DiscreteVAE
-from mimlet.models.vit import ViT
 from mimlet.models.weights import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -337,8 +338,8 @@ def probe(
     """Judges a frozen encoder by what a simple classifier can read from it.
 
     quick: logistic regression on mean patch features; knn: weighted neighbours; linear: MAE's protocol, trained by
-    the loop into `out` (default: `probe_linear` in the run); heads: what quick loses without each head of block `layer`
-    (from 1; 0: the last), as `head_1`, ... beside `top1`.
+    the loop into `out` (default: `probe_linear` in the run), on the class token where there is one; heads: what quick
+    loses without each head of block `layer` (from 1; 0: the last that attends), as `head_1`, ... beside `top1`.
     """
     settings = read_run(run).config
     data, eval = path_list(data), path_list(eval)
@@ -366,7 +367,7 @@ def probe(
     train_part = features(train_source, "training images")
     if kind == "heads":
         whole, losses = head_losses(encoder, layer, train_part, lambda title: features(test_source, title))
-        layer = layer or encoder.depth
+        layer = encoder.attending_block(layer)
         rows: list[dict[str, object]] = [
             {"block": layer, "head": head, "top1": whole - loss, "lost": loss} for head, loss in enumerate(losses, 1)
         ]
@@ -596,7 +597,7 @@ def _export(method: Method, config: Config, folder: Path, classes: Sequence[str]
     elif isinstance(method.encoder, DiscreteVAE):
         method.encoder.save(folder, info)
     else:
-        assert isinstance(method.encoder, ViT)
+        assert isinstance(method.encoder, Encoder)
         decoder = getattr(method, "decoder", None)
         export_encoder(
             folder,
@@ -626,6 +627,8 @@ def _linear_probe(
     run: Path, settings: Config, data: Sequence[str], eval: Sequence[str], out: str | None, overrides: Sequence[str]
 ) -> dict[str, float]:
     more = {"run": {"out": out or str(run / "probe_linear")}, "speed": settings.speed.model_dump()}
+    if not getattr(settings.encoder.shape(), "class_token", False):
+        more["method"] = {"pool": "mean"}
     return train(task_config("linear_probe", str(run), data, eval, overrides, more)).fit.evaluation
 
 
@@ -641,8 +644,7 @@ def task_config(
     merged over it, then `overrides`.
     """
     values = read_recipe(recipe)
-    shape = asdict(shape_of_checkpoint(open_checkpoint(weights)))
-    del shape["distillation_token"]
+    shape = settings_of(shape_of_checkpoint(open_checkpoint(weights)))
     if (Path(weights) / "config.json").is_file():
         shape["name"] = read_run(weights).config.encoder.name
     merge(values, {"encoder": {**shape, "weights": weights}, "data": {"path": list(data), "eval": list(eval)}})
@@ -653,9 +655,9 @@ def task_config(
     return load_config(values, overrides)
 
 
-def _encoder_of(model: nn.Module) -> ViT:
+def _encoder_of(model: nn.Module) -> Encoder:
     encoder = model.encoder if isinstance(model, Classifier) else model
-    assert isinstance(encoder, ViT)
+    assert isinstance(encoder, Encoder)
     return encoder
 
 

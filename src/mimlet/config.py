@@ -28,7 +28,8 @@ from mimlet.methods.settings import (
     MaskFeatSettings,
     MethodSettings,
 )
-from mimlet.models.zoo import SIZES
+from mimlet.models.shapes import HieraShape, HiViTShape, Shape, ViTShape
+from mimlet.models.zoo import ENCODERS, HieraSize, HiViTSize, Size
 from mimlet.section import Section
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -69,19 +70,47 @@ class EncoderSettings(Section):
     name: str = "vit_tiny"
     image_size: int = Field(224, ge=1)
     patch: int = Field(0, ge=0)
-    dim: int = Field(0, ge=0)
-    depth: int = Field(0, ge=0)
+    dim: int = Field(0, ge=0, description="width; of the first stage for Hiera, of stage 3 for HiViT and iTPN")
+    depth: int = Field(0, ge=0, description="blocks of a plain ViT")
+    stages: tuple[int, ...] = Field(
+        (), description="blocks of each stage of a hierarchical encoder; (): as the name says"
+    )
     heads: int = Field(0, ge=0)
-    mlp_ratio: float = Field(4.0, gt=0)
-    class_token: bool = True
+    mlp_ratio: float = Field(0.0, ge=0)
+    class_token: bool = Field(True, description="plain ViTs only; hierarchical encoders have none")
     position: Annotated[Literal["sincos", "learned", "none"], OrNone] = "sincos"
-    relative: Annotated[Literal["none", "full", "qv", "shared"], OrNone] = Field(
+    relative: Annotated[Literal["none", "full", "qv", "shared", "decomposed"], OrNone] = Field(
         "none",
         description="relative position bias; full: per block, qkv bias kept; qv: per block, the 2023 form; shared: one "
-        "for all blocks",
+        "for all blocks; decomposed: per axis (HiViT and iTPN as detectors)",
+    )
+    position_offset: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="HiViT, iTPN: added to the side that positions are interpolated to (iTPN's code: 0.1)",
     )
     qv_bias: bool = Field(False, description="biases of queries and values only (SimMIM, BEiT, BootMAE)")
     layer_scale: float | None = None
+    q_pool: Literal[2, 3] = Field(2, description="Hiera: poolings; 2 in pre-training, 3 in classification")
+    fuse: Annotated[Literal["none", "all", "without_last"], OrNone] = Field(
+        "all", description="Hiera: ends of stages that are summed for a decoder; none: without that part"
+    )
+    pyramid_dim: int = Field(0, ge=0, description="iTPN: width of the feature pyramid")
+    pyramid_depth: int | None = Field(
+        None, ge=0, description="iTPN: MLP blocks between levels; none: as the name says; 0: no pyramid"
+    )
+    pyramid_hidden: int = Field(0, ge=0, description="iTPN: hidden width of the pyramid's MLPs")
+    window: int = Field(0, ge=0, description="HiViT, iTPN: attention inside windows of so many patches along a side")
+    global_blocks: tuple[int, ...] = Field((), description="blocks of stage 3, from 1, that attend to the whole image")
+    gathering: Annotated[Literal["none", "to_tokens", "from_tokens"], OrNone] = Field(
+        "none",
+        description="a gathering token per window; to_tokens: all tokens read them; from_tokens: they read all tokens",
+    )
+    window_relative: bool = Field(False, description="a bias of relative positions inside windows (HRPE)")
+    migration: float = Field(
+        0.0, ge=0, lt=1, description="share of patches set aside on the way, and put back at the end (Fast-iTPN)"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1)
     drop_path_rule: Literal["linear", "constant"] = Field(
         "linear", description="linear: from 0 in the first block to drop_path in the last; constant: the same in all"
@@ -92,26 +121,126 @@ class EncoderSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _known_and_divisible(self) -> EncoderSettings:
-        if self.name not in SIZES:
-            raise ValueError(f"unknown encoder '{self.name}'{nearest(self.name, SIZES)}; known: {', '.join(SIZES)}")
-        shape = self.resolved()
-        if shape["dim"] % shape["heads"]:
-            raise ValueError(f"width {shape['dim']} is not divisible by {shape['heads']} heads")
-        if shape["dim"] % 4 and self.position == "sincos":
-            raise ValueError(f"width {shape['dim']} is not divisible by 4, which 2-D sin-cos positions need")
-        if self.image_size % shape["patch"]:
-            low = self.image_size // shape["patch"] * shape["patch"]
+    def _known_and_whole(self) -> EncoderSettings:
+        if self.name not in ENCODERS:
             raise ValueError(
-                f"image_size {self.image_size} is not divisible by the patch of {shape['patch']} px; "
-                f"use {low or shape['patch']} or {low + shape['patch']}, or another patch"
+                f"unknown encoder '{self.name}'{nearest(self.name, ENCODERS)}; known: {', '.join(ENCODERS)}"
             )
+        size = ENCODERS[self.name]
+        family, fields = FAMILIES[type(size)]
+        for name in sorted({*ViTShape.__annotations__, *HieraShape.__annotations__, *HiViTShape.__annotations__}):
+            if name in fields or name not in EncoderSettings.model_fields:
+                continue
+            default = EncoderSettings.model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(f"encoder.{name} is no part of {family} ({self.name}); remove it")
+        for name, choices in FORMS.get(type(size), {}).items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"encoder.{name}={value} is no form of {family}; expected {' or '.join(choices)}")
+        if problem := _problem(self.shape()):
+            raise ValueError(problem)
         return self
 
-    def resolved(self) -> dict[str, int]:
-        """patch, dim, depth and heads after the zoo's values have filled the zeros."""
-        size = SIZES[self.name]
-        return {key: getattr(self, key) or getattr(size, key) for key in ("patch", "dim", "depth", "heads")}
+    def shape(self, distillation_token: bool = False) -> Shape:
+        """The architecture, with the zoo's numbers where these are 0; a distillation token is the method's wish."""
+        size = ENCODERS[self.name]
+        common: dict[str, Any] = {
+            "image_size": self.image_size,
+            "patch": self.patch or size.patch,
+            "dim": self.dim or size.dim,
+            "heads": self.heads or size.heads,
+            "mlp_ratio": self.mlp_ratio or size.mlp_ratio,
+        }
+        given: dict[str, Any] = {name: getattr(self, name) for name in FAMILIES[type(size)][1] if name not in common}
+        if isinstance(size, Size):
+            given["depth"] = self.depth or size.depth
+            return ViTShape(**common, **given, distillation_token=distillation_token)
+        given["stages"] = self.stages or size.stages
+        if isinstance(size, HieraSize):
+            return HieraShape(**common, **given)
+        depth = size.pyramid_depth if self.pyramid_depth is None else self.pyramid_depth
+        dim = (self.pyramid_dim or size.pyramid_dim or 256) if depth else 0
+        given |= {
+            "form": size.form,
+            "pyramid_depth": depth,
+            "pyramid_dim": dim,
+            "pyramid_hidden": self.pyramid_hidden or int(dim * size.pyramid_ratio),
+        }
+        if size.form == "fast":
+            given |= {"position": "learned", "layer_scale": self.layer_scale or 0.1}
+        return HiViTShape(**common, **given)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        shape = self.shape()
+        return shape.depth if isinstance(shape, ViTShape) else sum(shape.stages)
+
+    @property
+    def width(self) -> int:
+        """Width of what a decoder reads as one token, by which its own is derived."""
+        shape = self.shape()
+        return shape.dim * 2 ** (len(shape.stages) - 1) if isinstance(shape, HieraShape) else shape.dim
+
+
+FAMILIES: dict[type, tuple[str, tuple[str, ...]]] = {
+    size: (family, tuple(name for name in shape.__annotations__ if name not in ("form", "distillation_token")))
+    for size, family, shape in (
+        (Size, "a plain ViT", ViTShape),
+        (HieraSize, "a Hiera", HieraShape),
+        (HiViTSize, "a HiViT or iTPN", HiViTShape),
+    )
+}
+"""Sizes in the zoo -> what the family is called, and the settings that are parts of it."""
+
+FORMS: dict[type, dict[str, tuple[str, ...]]] = {
+    Size: {"relative": ("none", "full", "qv", "shared")},
+    HiViTSize: {"relative": ("none", "full", "decomposed"), "position": ("sincos", "learned")},
+}
+"""Where a family has not all the forms that a setting can name."""
+
+
+def _problem(shape: Shape) -> str:
+    """What is wrong with an architecture, or nothing."""
+    if shape.dim % shape.heads:
+        return f"width {shape.dim} is not divisible by {shape.heads} heads"
+    side, what = shape.patch, "patch"
+    if isinstance(shape, HieraShape):
+        side, what = 2 * shape.patch, "mask unit"
+        if len(shape.stages) != 4 or min(shape.stages) < 1:
+            return f"encoder.stages {list(shape.stages)}: Hiera has four stages of at least one block each"
+    elif isinstance(shape, HiViTShape):
+        if len(shape.stages) != 3 or min(shape.stages) < 1:
+            return f"encoder.stages {list(shape.stages)}: HiViT has three stages of at least one block each"
+        if shape.dim % 4:
+            return f"width {shape.dim} is not divisible by 4, and stage 1 has a quarter of it"
+        if problem := _dense_problem(shape):
+            return problem
+    if not isinstance(shape, ViTShape) and shape.patch % 4:
+        return f"encoder.patch {shape.patch} is not divisible by 4, and tokens of stage 1 are a quarter of a patch"
+    if not isinstance(shape, HieraShape) and shape.dim % 4 and shape.position == "sincos":
+        return f"width {shape.dim} is not divisible by 4, which 2-D sin-cos positions need"
+    if shape.image_size % side:
+        low = shape.image_size // side * side
+        return (
+            f"image_size {shape.image_size} is not divisible by the {what} of {side} px; "
+            f"use {low or side} or {low + side}, or another patch"
+        )
+    return ""
+
+
+def _dense_problem(shape: HiViTShape) -> str:
+    """What is wrong with the options for dense inputs."""
+    if not shape.window and (shape.gathering != "none" or shape.global_blocks or shape.window_relative):
+        return "encoder.gathering, global_blocks and window_relative are about windows; set encoder.window (14)"
+    wrong = [i for i in shape.global_blocks if not 1 <= i <= shape.stages[2]]
+    if wrong:
+        return f"encoder.global_blocks: no block {wrong[0]}; stage 3 has blocks 1 to {shape.stages[2]}"
+    if shape.window and len(set(shape.global_blocks)) == shape.stages[2]:
+        return "encoder.global_blocks has all blocks of stage 3, which leaves none to encoder.window; remove one"
+    if shape.window and shape.relative != "none":
+        return f"encoder.relative={shape.relative} spans the image, and encoder.window does not; use window_relative"
+    return ""
 
 
 class TeacherSettings(Section):
@@ -327,7 +456,7 @@ class Config(Section):
                 for name, value in given.items()
                 if value
             ]
-        dim = self.encoder.resolved()["dim"]
+        dim = self.encoder.width
         for name, derived in (("decoder", dim // 2), ("feature_decoder", dim)):
             decoder = getattr(method, name, None)
             if isinstance(decoder, DecoderSettings):
@@ -336,6 +465,10 @@ class Config(Section):
                     problems.append(
                         f"method.{name}: width {width} must be divisible by its {heads} heads, "
                         "and by 4 for the 2-D sin-cos positions"
+                    )
+                if getattr(self.encoder.shape(), "pyramid_dim", 0) and width % 16:
+                    problems.append(
+                        f"method.{name}: width {width} must be divisible by 16, the finest level's tokens in a patch"
                     )
         if problems:
             raise ValueError("\n".join(problems))
@@ -514,19 +647,24 @@ def set_length(values: dict[str, Any], epochs: float | None = None, steps: int |
 def smoke(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's raw settings shrunk so that it runs on a CPU in seconds.
 
-    Depth and heads stay; width becomes 4 per head, the image 16 patches, the training 3 steps. A sweep keeps two values
-    of each setting, and loses those of the length. Relations are those of the teacher's last block.
+    Depth and heads stay; width becomes 4 per head, the image 16 mask units, the training 3 steps. A sweep keeps two
+    values of each setting, and loses those of the length. Relations are those of the teacher's last block.
     """
     small: dict[str, Any] = json.loads(json.dumps(values))
     encoder = small.setdefault("encoder", {})
-    size, method = SIZES.get(encoder.get("name", EncoderSettings().name)), small.get("method", {})
+    size, method = ENCODERS.get(encoder.get("name", EncoderSettings().name)), small.get("method", {})
     if size is None or method.get("name") not in METHODS:
         return small  # `validate` says what is wrong
-    depth, heads = encoder.get("depth") or size.depth, encoder.get("heads") or size.heads
-    merge(encoder, {"image_size": 32, "patch": 8, "dim": 4 * heads, "depth": depth, "heads": heads})
+    plain, heads = isinstance(size, Size), encoder.get("heads") or size.heads
+    merge(encoder, {"image_size": 64 if isinstance(size, HieraSize) else 32, "patch": 8, "dim": 4 * heads})
+    merge(
+        encoder, {"heads": heads, **({"depth": encoder.get("depth") or size.depth} if isinstance(size, Size) else {})}
+    )
+    if isinstance(size, HiViTSize) and size.pyramid_depth:
+        encoder["pyramid_dim"] = 8
     if "decoder" in METHODS[method["name"]].settings.model_fields:
         decoder = method.setdefault("decoder", {})
-        merge(decoder, {"depth": 1, "dim": 4 * decoder.setdefault("heads", 3)})
+        merge(decoder, {"depth": 1, "dim": (4 if plain else 16) * decoder.setdefault("heads", 3)})
     if "relations" in method:
         method["relations"]["teacher_layer"] = 0
     if "mask_px" in METHODS[method["name"]].settings.model_fields:

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,17 @@ from torch import Tensor
 
 from mimlet.analyse import subject as subject_module
 from mimlet.analyse.analysis import Measures, choose_images, measure, views_for
-from mimlet.analyse.attention import attention_statistics
+from mimlet.analyse.attention import attention_statistics, patch_distances
 from mimlet.analyse.cka import MinibatchCKA, centred_gram
 from mimlet.analyse.health import Health
 from mimlet.analyse.subject import Subject
 from mimlet.data.source import open_source
 from mimlet.errors import ConfigError, DataError
 from mimlet.models.features import Taps
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from tests.data.images import make_folder
+from tests.families import micro
 
 
 def vit(size: int = 16, dim: int = 24, depth: int = 2, heads: int = 3, patch: int = 4, seed: int = 0) -> ViT:
@@ -111,3 +114,42 @@ def test_too_few_images_and_impossible_numbers(tmp_path: Path) -> None:
     subject = Subject(vit(), "a", "a")
     with pytest.raises(DataError, match="no minibatch of the 6 images has 4 that can be read"):
         measure([subject], views_for([subject], open_source([str(folder)], labelled=False)), 6, Measures())
+
+
+def test_hierarchical_encoders_are_measured_layer_by_layer(folder: Path) -> None:
+    """Widths and grids differ between layers; only blocks that attend have attention, in the places of its tokens."""
+    torch.manual_seed(0)
+    pooled, unpooled = (micro("hiera_micro", q_pool=q_pool) for q_pool in (3, 2))
+    subjects = [Subject(pooled, "a", "a"), Subject(unpooled, "b", "b"), Subject(micro("itpn_micro"), "c", "c")]
+    dataset = views_for(subjects, open_source([str(folder)], labelled=False))
+    found, similarities = measure(subjects, dataset, 5, Measures())
+    images = torch.stack([dataset[0, i].views["32 px"] for i in range(15)])
+
+    grids = [model.token_grids for model in found]
+    assert grids[0] == [(32, 32), (16, 16), (8, 8), (8, 8), (8, 8), (4, 4)]
+    assert grids[2] == [(32, 32), (16, 16), *[(8, 8)] * 4]
+    assert [model.attending for model in found] == [[4, 5], [4, 5, 6], [3, 4, 5, 6]]
+    assert [model.upper for model in found] == [[5], [5, 6], [5, 6]]
+    assert [model.head_counts for model in found] == ["8", "4 to 8", "4"]
+    assert found[0].notes == ["attention of the blocks 4, 5 only: the others do not attend to the whole image"]
+    assert [(len(s.cka), len(s.cka[0])) for s in similarities] == [(7, 7)] * 6
+
+    # Four tokens of each of 4 x 4 units, the units innermost; 4 px apart, half a patch of 8 px.
+    logits = subjects[0].features(images, Taps(attention=(4,), tokens=False)).attention[4]
+    index = torch.arange(64).view(2, 2, 4, 4).permute(2, 0, 3, 1).flatten()
+    distance, entropy = attention_statistics(logits[:, :, index][..., index], (8, 8), 0)
+    assert found[0].distance is not None
+    assert found[0].entropy is not None
+    torch.testing.assert_close(torch.tensor(found[0].distance[3]).double(), distance.mean(0) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(found[0].entropy[3]).double(), entropy.mean(0), atol=1e-5, rtol=1e-5)
+    assert (found[0].distance[2], found[0].entropy[5]) == ([], [])
+    assert found[0].uniform_distance(4) == pytest.approx(float(patch_distances((8, 8)).mean()) / 2)
+    assert found[0].uniform_entropy(4) == pytest.approx(math.log(64))
+
+    for subject, model in zip(subjects, found, strict=True):
+        for layer in (0, 2, 6):
+            tokens = subject.features(images, Taps(normed=(layer,), tokens=False)).normed[layer]
+            health = Health(tokens.shape[-1])
+            health.update(tokens)
+            assert model.effective_rank[layer] == pytest.approx(health.effective_rank, rel=1e-3)
+            assert model.similarity[layer] == pytest.approx(health.similarity, rel=1e-3)

@@ -49,3 +49,17 @@ def test_distances_of_a_grid_that_is_not_square() -> None:
     expected = torch.tensor([[0, 1, 2], [1, 0, 1], [2, 1, 0]], dtype=torch.float64)
     torch.testing.assert_close(patch_distances((1, 3)), expected)
     assert patch_distances((3, 5))[0, 14].item() == pytest.approx(math.hypot(2, 4))
+
+
+def test_tokens_in_another_order_are_as_far_apart() -> None:
+    """`order` says which token is at each place of the raster."""
+    order, logits = (
+        torch.tensor([4, 2, 0, 1, 5, 3]),
+        torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),
+    )
+    raster = logits[:, :, order][..., order]
+    for a, b in zip(
+        attention_statistics(raster, (2, 3), 0), attention_statistics(logits, (2, 3), 0, order), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(attention_statistics(raster, (2, 3), 0)[0], attention_statistics(logits, (2, 3), 0)[0])

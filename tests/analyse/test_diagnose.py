@@ -207,7 +207,7 @@ def test_attention_of_the_upper_third(heads: list[float], verdict: str, decided:
 def test_distance_of_uniform_attention() -> None:
     places = [(y, x) for y in range(4) for x in range(4)]
     mean = sum(math.dist(a, b) for a in places for b in places) / 256
-    assert model().uniform_distance == pytest.approx(mean)
+    assert model().uniform_distance(1) == pytest.approx(mean)
     assert mean == pytest.approx(UNIFORM, abs=1e-3)
 
 
@@ -217,7 +217,7 @@ def test_distance_of_uniform_attention() -> None:
 def test_heads_that_do_the_same(entropy: float, distance: float, alike: bool) -> None:
     judged = model(
         entropy=[[0.8 * LN_N, (0.8 + entropy) * LN_N]] * 6,
-        distance=[[1.0, 1.0 + distance * model().uniform_distance]] * 6,
+        distance=[[1.0, 1.0 + distance * model().uniform_distance(6)]] * 6,
     )
     found = answer(diagnose(analysis(judged)), d.SAME_HEADS)
     assert found.verdict.startswith("Yes") == alike
@@ -431,3 +431,23 @@ def test_text_keeps_to_its_width_and_puts_the_verdict_under_the_question() -> No
 def test_needs_no_torch() -> None:
     code = "import sys, mimlet.analyse.diagnose; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_attention_of_the_blocks_that_have_any() -> None:
+    """Of six blocks, 4 and 5 attend, on grids of their own: the upper third is block 5, of 8 x 8 tokens."""
+    whole = math.log(64)
+    gaps: dict[str, Any] = {
+        "entropy": [[], [], [], [0.5 * whole] * 2, [0.994 * whole, 0.984 * whole], []],
+        "distance": [[], [], [], [1.0, 2.0], [2.0, 2.1], []],
+        "token_grids": [(32, 32), (16, 16), (8, 8), (8, 8), (8, 8), (4, 4)],
+    }
+    judged = model(**gaps)
+    attention = answer(diagnose(analysis(judged)), d.ATTENTION)
+    assert attention.verdict == "Yes: all heads of block 5 attend to everything alike."
+    assert attention.evidence.startswith("Entropy over the heads of block 5: 0.98 to 0.99 of ln N")
+    assert f"uniform attention has {judged.uniform_distance(5):.2f}. Page" in attention.evidence
+    alike = answer(diagnose(analysis(judged)), d.SAME_HEADS)
+    assert "Over the 2 heads of block 5, entropy has a range of 0.010 of ln N" in alike.evidence
+    assert f"distance of {0.1 / judged.uniform_distance(5):.3f} of" in alike.evidence
+    none = answer(diagnose(analysis(model(**gaps | {"entropy": [[1.0]] * 4 + [[]] * 2}))), d.ATTENTION)
+    assert none.verdict == "Not known: attention not measured."

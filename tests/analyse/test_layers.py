@@ -15,9 +15,11 @@ from mimlet.data.loader import evaluation_batches
 from mimlet.data.source import open_source
 from mimlet.errors import DataError
 from mimlet.models.features import Features, Taps
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.tasks.probe import extract_features, logistic_probe
 from tests.data.images import make_folder
+from tests.families import micro
 
 DEPTH = 3
 
@@ -119,3 +121,22 @@ def test_what_cannot_be_probed(subject: Subject, folders: tuple[Path, Path], tmp
     )
     with pytest.raises(DataError, match="no test images: none of the images could be read"):
         probe_by_layer(subject, train, unreadable)
+
+
+@pytest.mark.parametrize("name", ["hiera_micro", "itpn_micro"])
+def test_every_layer_of_a_hierarchical_encoder_is_probed(name: str, folders: tuple[Path, Path]) -> None:
+    torch.manual_seed(0)
+    subject = open_subject(micro(name))
+    train, test = datasets(subject, folders)
+    curve = probe_by_layer(subject, train, test)
+    assert len(curve) == 7
+    for layer in (1, 6):
+        taps = Taps(normed=(layer,), tokens=False)
+        fitted, judged = (probe_features(subject, each, taps, layer) for each in (train, test))
+        assert curve[layer] == logistic_probe(fitted, judged)["top1"]
+
+
+def probe_features(subject: Subject, dataset: ImageDataset, taps: Taps, layer: int) -> tuple[Tensor, Tensor]:
+    (batch,) = evaluation_batches(dataset, batch=1000)
+    assert batch.labels is not None
+    return subject.features(batch.views[subject.view], taps).normed[layer].mean(dim=1), batch.labels

@@ -18,11 +18,15 @@ from mimlet.analyse.subject import Subject, open_subject
 from mimlet.data.seeding import key
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.export.timm import export_encoder
+from mimlet.methods.mae import build_decoder
+from mimlet.methods.settings import DecoderSettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.foreign import ForeignEncoder
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import encoder_state
+from tests.families import micro
 
 SHAPE = ViTShape(image_size=16, patch=8, dim=24, depth=3, heads=3)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -274,3 +278,52 @@ def test_a_mask_ratio_must_hide_and_show(tmp_path: Path) -> None:
     subject = open_subject(saved(tmp_path, normalised=True))
     with pytest.raises(ConfigError, match=r"mask ratio 1\.0 leaves 0 of 16 units visible"):
         reconstruction_picture(subject, pictures(), mask_ratio=1.0)
+
+
+def test_maps_of_a_hiera_are_in_raster_order() -> None:
+    """Four tokens of each of 4 x 4 units, the units innermost, of a grid of 8 x 8, where patches would be 4 x 4."""
+    torch.manual_seed(0)
+    subject, images = open_subject(micro("hiera_micro", q_pool=3), "mine"), pictures(2, 32)
+    shares = subject.features(images, Taps(attention=(5,), tokens=False)).attention[5].softmax(-1)
+    raster = shares.unflatten(3, (2, 2, 4, 4)).permute(0, 1, 2, 5, 3, 6, 4).reshape(2, 4, 64, 8, 8)
+    maps = attention_maps(subject, images)
+    assert_close(maps, raster.mean(dim=2))
+    row, column = 3, 6  # row 1 of the 2 x 2 of unit (1, 3), column 0
+    token = (1 * 2 + 0) * 16 + 1 * 4 + 3
+    assert_close(attention_maps(subject, images, block=5, query=(row, column)), raster[:, :, token])
+    shot, _ = attention_picture(subject, images)
+    assert shot.title == "mine: attention of all patches on average in block 5"
+    assert "the mean of 4 heads" in shot.alt
+    assert "each of 8 x 8 patches" in shot.caption
+    with pytest.raises(ConfigError, match="block 6 of mine does not attend to the whole image; the blocks 4, 5 do"):
+        attention_maps(subject, images, block=6)
+    with pytest.raises(ConfigError, match=r"no patch 8,0 \(row, column\) in mine, which has 8 x 8 patches"):
+        attention_maps(subject, images, query=(8, 0))
+
+
+@pytest.mark.parametrize(("name", "units"), [("hiera_micro", 4), ("itpn_micro", 8), ("hivit_micro", 8)])
+def test_every_family_is_decoded(name: str, units: int, tmp_path: Path) -> None:
+    """What is hidden becomes the mean of its patch, by a decoder that predicts 0; a Hiera hides mask units."""
+    encoder, images = micro(name), pictures(2, 32)
+    decoder = build_decoder(encoder, DecoderSettings(dim=16, depth=1, heads=2))
+    nn.init.zeros_(decoder.pred.weight)
+    export_encoder(tmp_path, encoder, mean=MEAN, std=STD, decoder=decoder, normalised=True)
+    shot, png = reconstruction_picture(open_subject(tmp_path, "mine"), images, mask_ratio=0.5)
+    noise = torch.stack(
+        [torch.rand(units**2, generator=torch.Generator().manual_seed(key("mask", 0, i))) for i in range(2)]
+    )
+    hidden = (noise.argsort(dim=1).argsort(dim=1) >= units**2 // 2).view(2, units, units).numpy()
+    hidden = hidden.repeat(32 // units, 1).repeat(32 // units, 2)
+    picture, line, side = opened(png)[..., :3], 24 + 128 + 8, 128
+    assert picture.shape[0] == 3 * line
+    visible, reconstruction = (
+        np.stack([picture[24 + row * line :][:128:4, i * (side + 4) :][:, :128:4] for i in range(2)]) for row in (1, 2)
+    )
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(visible[~hidden], pixels[~hidden])
+    np.testing.assert_array_equal(reconstruction[~hidden], pixels[~hidden])
+    assert np.abs(visible[hidden] - 255 * np.array(MEAN)).max() <= 0.51
+    means = ((pixels / 255 - MEAN) / STD).reshape(2, 8, 4, 8, 4, 3).mean(axis=(2, 4, 5)).repeat(4, 1).repeat(4, 2)
+    predicted = (255 * (means[..., None] * STD + MEAN)).clip(0, 255)
+    assert np.abs(reconstruction[hidden] - predicted[hidden]).max() <= 0.51
+    assert f"the {units**2 // 2} of {units**2} {'mask units' if units == 4 else 'patches'} that" in shot.alt

@@ -7,15 +7,19 @@ from timm.models import save_for_hf
 from torch import nn
 
 from mimlet.analyse.analysis import Measures, measure, views_for
-from mimlet.analyse.subject import Subject, open_subject, open_subjects, short_labels
-from mimlet.config import IMAGENET_MEAN
+from mimlet.analyse.subject import MAPS, Subject, open_subject, open_subjects, short_labels
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD
 from mimlet.data.source import open_source
 from mimlet.errors import ConfigError, WeightsError
+from mimlet.export.timm import export_classifier
 from mimlet.models.features import Taps
 from mimlet.models.foreign import ForeignEncoder
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import load
+from mimlet.tasks.classify import Classify
 from tests.data.images import make_folder
+from tests.families import HIERARCHICAL, micro
 from tests.tiny import finetune, pretrain
 
 IMAGES = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -99,3 +103,26 @@ def test_distillation_and_register_tokens_are_left_out() -> None:
     subject = open_subject(ViT(ViTShape(16, 4, 24, 2, 3, distillation_token=True)))
     features = subject.features(IMAGES, Taps(normed=(1,), attention=(1,), tokens=False))
     assert (features.prefix, features.normed[1].shape[1], features.attention[1].shape[-1]) == (1, 17, 17)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_classifiers_of_every_family_end_in_the_norm_their_head_reads(name: str, tmp_path: Path) -> None:
+    """Though a HiViT has no norm of its own there."""
+    torch.manual_seed(0)
+    task = Classify(micro(name), 3)
+    assert task.head.fc_norm is not None
+    nn.init.normal_(task.head.fc_norm.weight)
+    export_classifier(tmp_path, task, classes=["a", "b", "c"], mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for subject in (open_subject(tmp_path), open_subject(load(tmp_path))):
+        features = subject.features(images, Taps(hidden=(6,), normed=(6,), tokens=False))
+        with torch.no_grad():
+            torch.testing.assert_close(features.normed[6], task.head.fc_norm(features.hidden[6]))
+        subject.fresh_norm()
+        last = subject.features(images, Taps(normed=(6,), tokens=False)).normed[6]
+        assert last.mean(-1).abs().max() < 1e-5
+
+
+def test_maps_held_at_a_time_count_the_blocks_that_attend() -> None:
+    subject = Subject(micro("hiera_micro"), "a", "a")
+    assert subject.chunk == MAPS // ((4 + 4 + 8) * 64**2)

@@ -11,7 +11,8 @@ import mimlet
 from mimlet.analyse.attention import UPSTREAM_PATCH
 from mimlet.analyse.results import read_analysis
 from mimlet.cli import main
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from tests.data.images import make_folder
 from tests.tiny import SPEED, finetune, pretrain
 
@@ -167,3 +168,36 @@ def test_diagnosis_of_an_empty_run_and_of_nothing(
     assert "nothing to diagnose" in capsys.readouterr().err
     assert main(["diagnose", str(tmp_path / "nowhere")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_two_families_side_by_side(photos: Path, tmp_path: Path) -> None:
+    """A Hiera beside an iTPN: all measurements, tables and pages."""
+    decoder = ("method.decoder.dim=16", "method.decoder.heads=2")
+    hiera = ("encoder.name=hiera_micro", "encoder.image_size=16", "encoder.dim=8")
+    itpn = ("encoder.name=itpn_micro", "encoder.image_size=16", "encoder.dim=32", "encoder.pyramid_dim=8")
+    plain = ("encoder.depth=0", "encoder.heads=0")
+    models = [
+        str(pretrain(photos, tmp_path / name, *plain, *settings, *decoder))
+        for name, settings in (("hiera", hiera), ("itpn", (*itpn, "encoder.stages=[1,1,2]")))
+    ]
+    out, more = tmp_path / "seen", ["--labelled", str(photos), "--eval", str(photos)]
+    assert main(["analyse", *models, "--data", str(photos), "--out", str(out), *ALWAYS, *more]) == 0
+    found = read_analysis(out)
+    assert [model.attending for model in found.models] == [[4, 5, 6], [3, 4]]
+    assert [model.token_grids[0] for model in found.models] == [(16, 16), (16, 16)]
+    assert [len(model.probe) for model in found.models] == [7, 5]
+    assert [picture.title for picture in found.pictures] == [
+        "hiera: attention of all patches on average in block 6",
+        "itpn: attention of all patches on average in block 4",
+        "hiera: reconstruction",
+        "itpn: reconstruction",
+    ]
+    heads = rows(out / "heads.csv")
+    assert [(row["model"], row["block"]) for row in heads[:5]] == [("hiera", "4")] * 4 + [("hiera", "5")]
+    assert len(heads) == 4 + 4 + 8 + 4 + 4
+    assert len(rows(out / "layers.csv")) == 7 + 5
+    assert "attention of the blocks 3, 4 only" in (out / "report.html").read_text()
+    given = ["--data", str(photos), "--reference", models[1], "--images", "8", "--out", str(tmp_path / "advice")]
+    assert main(["diagnose", models[0], *given]) == 0
+    advice = json.loads((tmp_path / "advice" / "diagnosis.json").read_text())
+    assert any("Over the 8 heads of block 6" in finding["evidence"] for finding in advice)

@@ -77,6 +77,32 @@ def test_complement(images: int, units: int, seed: int) -> None:
     assert torch.equal(other.complement().hidden, mask.hidden)
 
 
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 4), st.integers(1, 3), SEEDS)
+def test_units_divided_into_patches(images: int, rows: int, columns: int, side: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = Mask.from_noise(torch.rand(images, rows * columns, generator=generator), 0.5)
+    small = mask.divided((rows, columns), side)
+    assert mask.ids_keep is not None
+    assert small.ids_keep is not None
+    assert small.ids_restore is not None
+    pooled = small.hidden.view(images, rows, side, columns, side)
+    assert torch.equal(pooled.all(dim=4).all(dim=2).flatten(1), mask.hidden)
+    assert torch.equal(pooled.any(dim=4).any(dim=2).flatten(1), mask.hidden)
+    unit = small.ids_keep // (columns * side) // side * columns + small.ids_keep % (columns * side) // side
+    assert torch.equal(unit, mask.ids_keep.repeat_interleave(side * side, 1))
+    within = small.ids_keep.view(images, -1, side * side)
+    assert bool((within.diff(dim=2) > 0).all()), "raster order inside a unit"
+    assert torch.equal(small.order.gather(1, small.ids_restore), torch.arange(small.hidden.shape[1]).expand(images, -1))
+
+
+def test_ragged_units_divided_into_patches() -> None:
+    hidden = torch.tensor([[True, False], [True, True]])
+    small = Mask(hidden).divided((1, 2), 2)
+    assert small.ids_keep is None
+    first = [[True, True, False, False]] * 2
+    assert small.hidden.view(2, 2, 4).tolist() == [first, [[True] * 4] * 2]
+
+
 def test_small_numbers() -> None:
     mask = Mask.from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3]]), 0.5)
     assert mask.hidden.tolist() == [[True, False, True, False]]

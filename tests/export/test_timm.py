@@ -14,7 +14,8 @@ from mimlet.errors import RunError, WeightsError
 from mimlet.export.timm import DISTILLED_SIZES, TIMM_SIZES, export_classifier, export_encoder, snippet, timm_arguments
 from mimlet.methods.settings import ClassifySettings, LabelDistillation
 from mimlet.models.decoders import Decoder
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import (
     Classifier,
     Renormalised,
@@ -287,6 +288,16 @@ def test_two_token_encoder_needs_mimlet(tmp_path: Path, monkeypatch: pytest.Monk
     model = run(tmp_path, monkeypatch)
     assert "timm.create_model" not in snippet(tmp_path)
     assert "[B, 18, 24]: class token, distillation token, then patches" in snippet(tmp_path)
+    batch = images(encoder.shape)
+    assert torch.equal(model(batch).latent, encoder(batch).latent)
+
+
+def test_migrating_encoder_needs_mimlet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ViT(replace(SHAPES["micro"], migration=0.4)).eval()
+    export_encoder(tmp_path, encoder, mean=MEAN, std=STD)
+    model = run(tmp_path, monkeypatch)
+    assert isinstance(model, ViT)
+    assert model.shape.migration == 0.4
     batch = images(encoder.shape)
     assert torch.equal(model(batch).latent, encoder(batch).latent)
 

@@ -7,7 +7,8 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
 from mimlet.methods.base import Clock, Method
 from mimlet.models.decoders import Decoder
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 
 CLOCK = Clock(0, 10, 10, 0)
 

@@ -7,8 +7,10 @@ from mimlet.errors import ConfigError
 from mimlet.methods.alignment import Alignment
 from mimlet.methods.settings import AlignmentSettings
 from mimlet.models.features import Features
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
+from tests.families import micro
 
 BATCH = Batch({}, torch.arange(2))
 
@@ -106,3 +108,19 @@ def test_label_and_weight() -> None:
 def test_what_does_not_fit_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**settings)  # type: ignore[arg-type]
+
+
+def test_tokens_are_compared_where_they_stand() -> None:
+    """Unrolled tokens of a Hiera's stage 3 (four of each unit, units innermost) with the raster of a HiViT."""
+    torch.manual_seed(0)
+    student, teacher = micro("hiera_micro"), Teacher(micro("hivit_micro"))
+    term = Alignment(AlignmentSettings(), student, teacher, masked=False)
+    assert term.projection is not None
+    assert (term.student_layer, term.projection.in_features, term.projection.out_features) == (4, 96, 128)
+    images = torch.randn(2, 3, 32, 32)
+    ours, theirs = student(images, taps=term.student_taps), teacher(images, taps=term.teacher_taps)
+    raster = ours.hidden[4].unflatten(1, (2, 2, 4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(2, 64, 96)
+    expected = (unit(theirs.hidden[4]) - unit(term.projection(raster))).abs().mean()
+    assert_close(term(ours, theirs, BATCH)["alignment"], expected)
+    with pytest.raises(ConfigError, match="keep visible tokens in different orders"):
+        Alignment(AlignmentSettings(), student, teacher, masked=True)

@@ -18,8 +18,9 @@ from mimlet.data.seeding import seeded
 from mimlet.errors import ConfigError, DataError, RunError
 from mimlet.methods.beit import BEiT
 from mimlet.methods.settings import BlockMaskSettings
+from mimlet.models.shapes import ViTShape
 from mimlet.models.tokenizer import DallE, DiscreteVAE, Tokenizer, VAEShape
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import load_encoder
 from mimlet.run import read_run
 from mimlet.train.loop import _load

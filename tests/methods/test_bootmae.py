@@ -18,7 +18,8 @@ from mimlet.methods.bootmae import BootMAE, feature_decoder, momentum_at, pixel_
 from mimlet.methods.settings import DecoderSettings
 from mimlet.models.features import Taps
 from mimlet.models.parts import sincos_positions
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.reconstruct import denormalise_channels, inside_weights, patchify, unpatchify
 from mimlet.run import RunFolder
 from mimlet.train.loop import Batches

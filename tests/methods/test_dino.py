@@ -21,7 +21,8 @@ from mimlet.methods.base import Clock
 from mimlet.methods.dino import DINO, Head, clip_each_, convert_head, encode
 from mimlet.methods.settings import DINOSettings
 from mimlet.models.features import Taps
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.run import read_pictures, read_run, read_shown
 from mimlet.train.checkpoint import read_checked
 from mimlet.train.optim import follow, learning_rate, weight_decay
@@ -377,7 +378,7 @@ def test_pictures_are_the_last_blocks_attention() -> None:
 def test_recipes_are_the_papers() -> None:
     found = load_config("dino_tiny")
     assert isinstance(found.method, DINOSettings)
-    assert (found.encoder.resolved()["heads"], found.encoder.position, found.encoder.drop_path) == (12, "learned", 0.1)
+    assert (found.encoder.shape().heads, found.encoder.position, found.encoder.drop_path) == (12, "learned", 0.1)
     assert (found.method.outputs, found.method.local_crops, found.method.local_size) == (65536, 8, 96)
     assert (found.optim.lr, found.optim.lr_batch, found.optim.min_lr) == (5e-4, 256, 1e-6)
     assert (found.optim.weight_decay, found.optim.weight_decay_end, found.optim.clip) == (0.04, 0.4, 0)

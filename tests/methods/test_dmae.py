@@ -1,12 +1,22 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from mimlet.data.batch import Batch
+from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
 from mimlet.methods.dmae import DMAE
+from mimlet.methods.mae import build_decoder
+from mimlet.methods.settings import DecoderSettings
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Taps
+from mimlet.models.hiera import Hiera
+from mimlet.models.shapes import HieraShape, ViTShape
 from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
+from tests.families import micro
 from tests.methods.official import CLOCK, make_batch, make_decoder, make_encoder, part
 from tests.shared import Golden, golden
 
@@ -115,6 +125,110 @@ def test_equals_official_decoupled_distillation() -> None:
         assert_close(ours.view_as(value), value, **oracle.tolerance)
 
 
+def hiera_names(encoder: Encoder) -> dict[str, str]:
+    """Ours -> official."""
+    return {name: name.replace("norm.", "encoder_norm.", name.startswith("norm.")) for name in encoder.state_dict()}
+
+
+def test_equals_official_distillation_of_hiera() -> None:
+    """Units are kept in raster order, the teacher drops the student's, and pixels of a label are ordered (channel, row,
+    column) officially.
+    """
+    oracle = golden("mae_lite_hiera_distill")
+    weights, io = part(oracle.weights, "model."), oracle.io
+    student = Hiera(HieraShape(image_size=64, dim=6, stages=(1, 1, 2, 1)))
+    teacher = Hiera(HieraShape(image_size=64, dim=8, stages=(1, 1, 1, 2)))
+    for encoder, source in ((student, weights), (teacher, part(oracle.weights, "tch_model."))):
+        encoder.load_state_dict({ours: source[theirs] for ours, theirs in hiera_names(encoder).items()})
+    decoder = build_decoder(student, DecoderSettings(dim=12, depth=1, heads=3, position="learned"))
+    names = {name: name if name == "mask_token" else f"decoder_{name}" for name in decoder.state_dict()}
+    decoder.load_state_dict({ours: weights[theirs] for ours, theirs in names.items()})
+    with torch.no_grad():
+        for parameter in decoder.pred.parameters():
+            parameter.copy_(parameter.view(3, 256, -1).transpose(0, 1).reshape(parameter.shape))
+    method = DMAE(student, decoder, Teacher(teacher), attention=[(5, 5)], mask_ratio=0.4)
+    assert method.head_maps[0].weight.shape == (8, 8)
+    method.head_maps[0].weight.data.copy_(oracle.weights["attn_adapter.adapter4.weight"].flatten(1))
+
+    mask = Mask.from_hidden(~io["mask_keep"])
+    assert int(mask.hidden[0].sum()) == int(Mask.from_noise(io["noise"], 0.4).hidden[0].sum())
+    batch = Batch({"image": io["imgs"]}, torch.arange(2), {"mask": mask})
+    losses = method(batch, CLOCK)
+    total = losses["reconstruction"] + losses["attention"]
+    assert_close(losses["reconstruction"], io["reconstruction_loss"][0], **oracle.tolerance)
+    assert_close(losses["attention"], io["attn_loss"][0], **oracle.tolerance)
+    assert_close(total, io["total_loss"][0], **oracle.tolerance)
+    features = student(batch.images, mask, taps=method.student_taps)
+    assert_close(
+        torch.einsum("bhij,gh->bgij", features.attention[5], method.head_maps[0].weight),
+        io["mapped_student_attn"],
+        **oracle.tolerance,
+    )
+    total.backward()
+    for name, ours in {
+        "model.patch_embed.proj.weight": student.patch_embed.proj.weight,
+        "model.pos_embed": student.pos_embed,
+        "model.blocks.4.attn.qkv.weight": student.blocks[4].attn.qkv.weight,
+        "attn_adapter.adapter4.weight": method.head_maps[0].weight,
+    }.items():
+        assert ours.grad is not None
+        assert_close(ours.grad.view_as(io[f"grad.{name}"]), io[f"grad.{name}"], **oracle.tolerance)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pair", "settings"),
+    [
+        ("hivit_micro", "vit_nano", (6, 4), {}),
+        ("itpn_micro", "hivit_micro", (5, 6), {}),
+        ("fast_itpn_micro", "vit_nano", (3, 1), {}),
+        ("hiera_micro", "hiera_micro", (5, 6), {"fuse": "without_last"}),
+    ],
+)
+def test_any_encoder_learns_from_any_that_hides_alike(
+    student: str, teacher: str, pair: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    encoder = micro(student, **settings)
+    guide = Teacher(micro(teacher, **({"class_token": False} if teacher == "vit_nano" else {})))
+    decoder = build_decoder(encoder, DecoderSettings(dim=16, heads=2))
+    method = DMAE(encoder, decoder, guide, attention=[pair], mask_ratio=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    batch = Batch({"image": images}, torch.arange(2), {"mask": Mask.from_noise(torch.rand(2, encoder.units), 0.5)})
+    losses = method(batch, CLOCK)
+    assert losses.keys() == {"reconstruction", "attention"}
+    (losses["attention"] + losses["reconstruction"]).backward()
+    last = encoder.depth + 2 * (student != "hiera_micro") - 1
+    trained = {name: parameter.grad is not None for name, parameter in encoder.named_parameters()}
+    # Without the last stage in the sum, only what leads to the distilled block is trained of it.
+    assert trained[f"blocks.{last}.mlp.fc1.weight" if "fast" not in student else f"blocks.{last}.mlp.w1.weight"] == (
+        not settings
+    )
+    assert trained["patch_embed.proj.weight"]
+    hidden = encoder.patch_mask(batch.mask).hidden.unflatten(1, encoder.grid)
+    pixels = hidden.repeat_interleave(encoder.patch, 1).repeat_interleave(encoder.patch, 2)[:, None].expand_as(images)
+    shown = method.pictures(batch)
+    assert torch.equal(shown["visible"], images.masked_fill(pixels, 0))
+    assert torch.equal(shown["reconstruction"][~pixels], images[~pixels])
+    assert not torch.allclose(shown["reconstruction"][pixels], images[pixels])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pair", "message"),
+    [
+        ("hivit_micro", "hivit_micro", (2, 6), r"layer 2 of the student has 16 x 16 tokens, layer 6 .* 8 x 8"),
+        (
+            "hivit_micro",
+            "hiera_micro",
+            (6, 6),
+            "keep visible tokens in different orders; take a teacher of the student's",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_compared(student: str, teacher: str, pair: tuple[int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DMAE(micro(student), None, Teacher(micro(teacher)), attention=[pair])
+
+
 def small(**options: object) -> DMAE:
     encoder = ViT(STUDENT)
     return DMAE(encoder, None, Teacher(ViT(TEACHER)), **options)  # type: ignore[arg-type]
@@ -128,9 +242,6 @@ def test_without_reconstruction_only_attention_is_minimised() -> None:
 
 def test_literal_form_warns_about_untrained_weights() -> None:
     encoder = ViT(STUDENT)
-    from mimlet.methods.mae import build_decoder
-    from mimlet.methods.settings import DecoderSettings
-
     decoder = build_decoder(encoder, DecoderSettings(dim=12))
     with pytest.warns(UserWarning, match="stay as initialised"):
         DMAE(encoder, decoder, Teacher(ViT(TEACHER)), attention=[(3, 3)], decode_layer=2)

@@ -8,8 +8,9 @@ from mimlet.data.masks import Mask
 from mimlet.methods.dmae_features import DMAEFeatures
 from mimlet.methods.settings import DecoderSettings, DMAEFeaturesSettings
 from mimlet.models.features import Taps
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.reconstruct import normalise_patches, patchify
 from tests.methods.official import CLOCK
 

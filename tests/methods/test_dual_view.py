@@ -11,9 +11,11 @@ from mimlet.methods.settings import DualViewSettings
 from mimlet.methods.terms import NOTHING
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.reconstruct import normalise_patches, patchify
+from tests.families import micro
 from tests.methods.official import make_decoder
 from tests.shared import Golden, golden
 
@@ -264,3 +266,49 @@ def test_unknown_pixels_have_to_be_said() -> None:
     with pytest.raises(ConfigError, match=r"does not say which pixels .* method\.dual_view\.target=normalised"):
         make(teacher)
     assert make(teacher, target="raw").normalise is False
+
+
+def hiera_teacher() -> Teacher:
+    """Its decoder reads tokens, as that of a plain ViT does."""
+    encoder = micro("hiera_micro")
+    teacher = Teacher(encoder, Decoder(encoder.dim, encoder.grid, 0, 3 * encoder.patch**2, 16, 2, 4))
+    teacher.pixels = "raw"
+    return teacher
+
+
+@pytest.mark.parametrize("student", ["hiera_micro", "itpn_micro"])
+def test_a_hiera_decodes_tokens_of_any_encoder(student: str) -> None:
+    """A Hiera's tokens are hidden by mask units; either view predicts the patches that it hides."""
+    torch.manual_seed(0)
+    encoder = micro(student)
+    term = DualView(DualViewSettings(), encoder, hiera_teacher(), masked=False)
+    images = torch.randn(2, 3, 32, 32)
+    batch = batch_of(term, images)
+    mask = batch.masks["views"]
+    assert mask.hidden.shape == (2, encoder.units)
+    student_features = encoder(images)
+    loss = term(student_features, NO_TEACHER, batch)["dual_view"]
+    patches = encoder.patch_mask(mask)
+    prediction = term.predict(student_features, patches)
+    assert_close(loss, (prediction - at(patchify(images, 4), term.predicted(patches))).square().mean())
+    # What a view hides of the student's tokens does not reach the prediction of that view.
+    half = patches.ids_hidden.shape[1]
+    changed = student_features.latent.masked_fill(patches.hidden[..., None], 0)
+    again = term.predict(Features(0, (8, 8), tokens=changed), patches)
+    assert_close(again[:, :half], prediction[:, :half])
+    assert not torch.allclose(again[:, half:], prediction[:, half:])
+    assert term.pictures(student_features, batch)["reconstruction"].shape == images.shape
+
+
+def test_a_decoder_of_several_maps_cannot_read_tokens() -> None:
+    teacher = Teacher(micro("itpn_micro"), Decoder(128, (8, 8), 0, 48, 16, 1, 4))
+    teacher.pixels = "raw"
+    with pytest.raises(
+        ConfigError, match=r"reads levels of a HiViT or iTPN, and the student gives it tokens; take the"
+    ):
+        DualView(DualViewSettings(), micro("hivit_micro"), teacher, masked=False)
+
+
+def test_a_class_token_that_the_student_cannot_have() -> None:
+    with pytest.raises(ConfigError, match=r"a HiViT or iTPN has none, so take a teacher without one"):
+        DualView(DualViewSettings(), micro("hivit_micro"), make_teacher(ViTShape(32, 4, 24, 1, 4)), masked=False)

@@ -12,8 +12,9 @@ from mimlet.methods.g2sd import G2SD, hidden_patches
 from mimlet.methods.settings import DecoderSettings, G2SDSettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, encoder_state, save_decoder, save_weights
 from mimlet.objectives.hidden import hidden_loss, hidden_target
 from tests.methods.official import CLOCK, make_batch, make_decoder, make_encoder, part
@@ -262,7 +263,7 @@ def test_recipes_of_the_generic_stage(name: str, width: int, heads: int) -> None
     assert isinstance(config.method, G2SDSettings)
     assert config.method.decoder == DecoderSettings(depth=4, dim=width, heads=heads)
     assert (config.method.target, config.method.target_layer, config.method.mask_ratio) == ("decoder", 0, 0.75)
-    assert config.encoder.resolved()["heads"] == {"g2sd_small": 6, "g2sd_tiny": 3}[name]
+    assert config.encoder.shape().heads == {"g2sd_small": 6, "g2sd_tiny": 3}[name]
     optim, schedule = config.optim, config.schedule
     assert optim.lr * schedule.batch / optim.lr_batch == pytest.approx(2.4e-3)
     assert (schedule.epochs, schedule.warmup_epochs, optim.min_lr, optim.betas) == (300, 10, 2.5e-6, (0.9, 0.95))

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from mimlet.methods.mae import MAE
 from mimlet.models.features import Taps
 from mimlet.models.parts import resize_positions, sincos_positions
-from mimlet.models.vit import ViTShape
+from mimlet.models.shapes import ViTShape
 from mimlet.objectives.reconstruct import patchify, unpatchify
 from tests.methods.official import CLOCK, make_batch, make_decoder, make_encoder
 from tests.shared import golden

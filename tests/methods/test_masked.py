@@ -10,7 +10,8 @@ from mimlet.data.masks import BlockMasking
 from mimlet.methods.mae import start_encoder
 from mimlet.methods.masked import block_masking, init_beit_, init_truncated_, mask_token
 from mimlet.methods.settings import BEiTSettings, BlockMaskSettings, BootMAESettings, MaskFeatSettings
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 
 
 @pytest.mark.parametrize(

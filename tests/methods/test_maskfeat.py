@@ -11,8 +11,9 @@ from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
 from mimlet.methods.maskfeat import MaskFeat
 from mimlet.methods.settings import BlockMaskSettings, MaskFeatSettings
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import load_encoder
 from mimlet.objectives.hog import hog_patches
 from mimlet.objectives.reconstruct import normalise_patches, patchify

@@ -12,8 +12,9 @@ from mimlet.methods.relations import Relations
 from mimlet.methods.settings import AdaptiveSettings, DualViewSettings, MIMHDSettings, RelationSettings
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Features
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.reconstruct import patchify
 from tests.data.images import picture
 from tests.methods.official import CLOCK, make_decoder
@@ -160,7 +161,7 @@ def test_numbers_of_the_paper() -> None:
     """Section 2.3 of the facts; the rate is taken as absolute, the teacher's layer 18 as the best of table 4."""
     for name, heads in (("mimhd_base", 12), ("mimhd_small", 6), ("mimhd_tiny", 3), ("mimhd_base_tinyimagenet", 12)):
         found = load_config(name, ["teacher.path=teacher"])
-        assert found.encoder.resolved()["heads"] == heads
+        assert found.encoder.shape().heads == heads
         assert isinstance(found.method, MIMHDSettings)
         relations, dual_view = found.method.relations, found.method.dual_view
         assert (relations.heads, relations.pairs, relations.teacher_layer) == ("adaptive", ["qk", "vv"], 18)

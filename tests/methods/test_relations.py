@@ -13,10 +13,12 @@ from mimlet.methods.relations import Relations
 from mimlet.methods.settings import NINE, AdaptiveSettings, RelationSettings
 from mimlet.methods.terms import Terms
 from mimlet.models.features import Features
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.attention import logit_distance
 from mimlet.objectives.relations import QKV, relation_logits
+from tests.families import micro
 from tests.methods.official import make_encoder, part
 from tests.shared import Golden, golden
 
@@ -361,3 +363,68 @@ def test_a_width_that_the_teachers_heads_do_not_divide() -> None:
 def test_the_printed_pooling_warns() -> None:
     with pytest.warns(UserWarning, match="is the same number for every head"):
         make(heads="adaptive", adaptive=AdaptiveSettings(pool="global"))
+
+
+def in_raster_order(x: Tensor, side: int) -> Tensor:
+    """Official, unrolled tokens [B,H,4 U,d] of stage 3 or 4 of a Hiera -> [B,H,side*side,d]: four tokens of each unit,
+    (row, column), with the units innermost.
+    """
+    units = side // 2
+    x = x.unflatten(2, (2, 2, units, units)).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(*x.shape[:2], side * side, -1)
+
+
+@pytest.mark.parametrize("heads", ["adaptive_block", "average"])
+def test_tokens_are_compared_where_they_stand(heads: str) -> None:
+    """A Hiera's unrolled tokens with the raster of a plain ViT with a class token, which is left out."""
+    student, teacher = micro("hiera_micro"), Teacher(micro("vit_nano"))
+    term = make(student, teacher, heads=heads)  # type: ignore[arg-type]
+    assert (term.student_layer, term.teacher_layer, term.class_token) == (6, 4, False)
+    assert (term.student_heads, term.teacher_heads) == (4 if heads == "adaptive_block" else 8, 4)
+    images = torch.randn(2, 3, 32, 32)
+    ours, theirs = student(images, taps=term.student_taps), teacher(images, taps=term.teacher_taps)
+    q, k, v = (in_raster_order(x, 8) for x in ours.qkv[6])
+    plain = Relations(RelationSettings(heads=heads), micro("hivit_micro", dim=192, heads=8), teacher, masked=False)
+    raster = Features(0, (8, 8), qkv={6: (q, k, v)})
+    assert_close(term(ours, theirs, batch()), plain(raster, theirs, batch()))
+    assert not term.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("student", "settings", "heads"),
+    [("itpn_micro", {}, 4), ("hiera_micro", {"student_layer": 5}, 4), ("hiera_micro", {}, 8)],
+)
+def test_heads_are_those_of_the_block(student: str, settings: dict[str, int], heads: int) -> None:
+    term = make(micro(student), Teacher(micro(student)), heads="adaptive", teacher_layer=4, **settings)  # type: ignore[arg-type]
+    assert (term.student_heads, term.teacher_heads) == (heads, 4)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "message"),
+    [
+        (
+            "itpn_micro",
+            "vit_nano",
+            {"student_layer": 2},
+            r"student_layer 2 does not attend .* student that do: 3, 4, 5, 6",
+        ),
+        (
+            "vit_nano",
+            "hiera_micro",
+            {"teacher_layer": 3},
+            r"teacher_layer 3 does not attend .* teacher that do: 4, 5, 6",
+        ),
+    ],
+)
+def test_blocks_without_attention_have_no_relations(
+    student: str, teacher: str, settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(micro(student), Teacher(micro(teacher)), **settings)  # type: ignore[arg-type]
+
+
+def test_other_grids_of_tokens_have_other_relations() -> None:
+    """The last block of this Hiera pools its queries, so that the last to attend has the grid of stage 3."""
+    student = micro("hiera_micro", q_pool=3, fuse="none")
+    with pytest.raises(ConfigError, match=r"layer 5 of the student has 8 x 8 tokens, layer 4 of the teacher 4 x 4"):
+        make(student, Teacher(micro("vit_nano", patch=8)))  # type: ignore[arg-type]

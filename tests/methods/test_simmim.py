@@ -11,7 +11,8 @@ from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
 from mimlet.methods.settings import SimMIMSettings
 from mimlet.methods.simmim import SimMIM
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import OF_DECODER, load_encoder
 from mimlet.objectives.reconstruct import patchify, unpatchify
 from tests.methods.official import CLOCK, fill
@@ -156,7 +157,7 @@ def test_numbers_of_the_paper() -> None:
     assert config.method == SimMIMSettings(mask_ratio=0.6, mask_px=32)
     encoder, schedule, optim, augment = config.encoder, config.schedule, config.optim, config.data.augment
     assert (encoder.position, encoder.relative, encoder.qv_bias, encoder.layer_scale) == ("none", "shared", True, None)
-    assert (encoder.drop_path, encoder.resolved()["heads"]) == (0.1, 12)
+    assert (encoder.drop_path, encoder.shape().heads) == (0.1, 12)
     assert (augment.crop_scale, augment.flip) == ((0.67, 1.0), 0.5)
     assert (optim.lr, optim.lr_batch, optim.weight_decay, optim.betas) == (1e-4, 512, 0.05, (0.9, 0.999))
     assert (optim.clip, optim.decay_tokens) == (5.0, False)

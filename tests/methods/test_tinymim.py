@@ -12,11 +12,13 @@ from mimlet.export.timm import export_encoder
 from mimlet.methods.relations import Relations
 from mimlet.methods.settings import RelationSettings
 from mimlet.methods.tinymim import TinyMIM
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers, load_teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.relations import divergence, log_relation, regroup
 from mimlet.train.distributed import idle_parameters, make_fabric
 from tests.data.images import picture
+from tests.families import micro
 from tests.methods.official import CLOCK, make_encoder, part
 from tests.shared import Golden, golden
 
@@ -168,3 +170,30 @@ def test_from_a_configuration() -> None:
     )
     with pytest.raises(ConfigError, match="two terms have a loss named 'relation_qk'"):
         TinyMIM.build(config(terms=[{"kind": "relations"}]), teachers=Teachers(teacher))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [("itpn_micro", "vit_nano"), ("fast_itpn_micro", "hivit_micro"), ("hiera_micro", "vit_nano")],
+)
+def test_hierarchical_students_learn_relations_of_the_whole_image(student: str, teacher: str) -> None:
+    """Those of their last block, whose heads need not be equally many; nothing after its q, k and v is trained."""
+    encoder, guide = micro(student), Teacher(micro(teacher))
+    relations = Relations(RelationSettings(), encoder, guide, masked=False)
+    method = TinyMIM(encoder, guide, relations)
+    assert method.info == ({"heads_of": {6: 4}} if student == "hiera_micro" else {})
+    batch = Batch({"image": torch.randn(2, 3, 32, 32)}, torch.arange(2))
+    losses = method(batch, CLOCK)
+    (losses["relation_qk"] + losses["relation_vv"]).backward()
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    last = "blocks.7." if student != "hiera_micro" else "blocks.5."
+    assert {name.removeprefix(last) for name in trained if name.startswith(last)} == {
+        "norm1.weight",
+        "norm1.bias",
+        *(
+            ("attn.q_bias", "attn.v_bias", "attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
+            if "fast" in student
+            else ("attn.qkv.weight", "attn.qkv.bias")
+        ),
+    }
+    assert "patch_embed.proj.weight" in trained

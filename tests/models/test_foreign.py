@@ -22,8 +22,9 @@ from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, TeacherSettings, validate
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.models.features import Taps
 from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teachers, load_teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import Checkpoint
 from mimlet.run import read_run
 from tests.data.images import make_folder

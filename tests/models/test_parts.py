@@ -13,9 +13,11 @@ from mimlet.models.parts import (
     Attention,
     Block,
     DropPath,
+    TileConv,
     attend,
     attention_kernel,
     attention_logits,
+    decomposed_bias,
     init_mae,
     init_qkv_apart_,
     relative_index,
@@ -48,6 +50,45 @@ def test_resized_positions_keep_prefix_and_use_plain_bicubic() -> None:
         assert_close(resized[0, 1:, channel].view(6, 2), expected[0, 0])
     assert resize_positions(table, (3, 4), (3, 4), 1) is table
     assert resize_positions(table.half(), (3, 4), (6, 2), 1).dtype == torch.float16
+
+
+@pytest.mark.parametrize("new", [(4, 4), (8, 2)])
+def test_positions_resized_with_an_offset_are_read_closer_together(new: tuple[int, int]) -> None:
+    """Place i of the new grid is place (i + 1/2) old / (new + 0.1) - 1/2 of the old, at the same grid, too."""
+    table = torch.randn(1, 16, 3)
+    y, x = ((torch.arange(n) + 0.5) * 4 / (n + 0.1) - 0.5 for n in new)
+    grid = torch.stack(torch.meshgrid((2 * y + 1) / 4 - 1, (2 * x + 1) / 4 - 1, indexing="ij")[::-1], dim=-1)
+    image = table.mT.view(1, 3, 4, 4)
+    read = F.grid_sample(image, grid[None], mode="bicubic", padding_mode="border", align_corners=False)
+    resized = resize_positions(table, (4, 4), new, 0, offset=0.1)
+    assert_close(resized, read.flatten(2).mT, rtol=1e-4, atol=1e-5)
+    assert resize_positions(table, (4, 4), (4, 4), 0) is table
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 5)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_decomposed_bias_by_brute_force(rows: int, columns: int, dropped: bool) -> None:
+    tables = [torch.randn(5, 4), torch.randn(5, 4)]  # of a 3 x 3 grid
+    ids = torch.stack([torch.randperm(rows * columns)[:4] for _ in range(2)]) if dropped else None
+    q = torch.randn(2, 3, 4 if dropped else rows * columns, 4)
+    bias = decomposed_bias(q, *tables, (rows, columns), ids)
+    places = torch.arange(rows * columns).expand(2, -1) if ids is None else ids
+    sized = [
+        F.interpolate(t.T[None], 2 * n - 1, mode="linear")[0].T for t, n in zip(tables, (rows, columns), strict=True)
+    ]
+    for image, mine in enumerate(places.tolist()):
+        for i, a in enumerate(mine):
+            for j, b in enumerate(mine):
+                down, right = a // columns - b // columns, a % columns - b % columns
+                far = sized[0][down + rows - 1] + sized[1][right + columns - 1]
+                assert_close(bias[image, :, i, j], q[image, :, i] @ far)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_a_convolution_of_tiles_is_a_convolution(side: int) -> None:
+    conv, x = TileConv(5, 3, side), torch.randn(2, 3, 8, 4, 5)
+    expected = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), conv.weight, conv.bias, stride=side)
+    assert_close(conv(x).flatten(0, 1), expected.permute(0, 2, 3, 1))
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,6 +1,8 @@
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,19 @@ from torch.testing import assert_close
 import mimlet
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, Config, TeacherSettings, check_inputs, validate
 from mimlet.data.masks import Mask
-from mimlet.errors import ConfigError, WeightsError
-from mimlet.models.decoders import Decoder
+from mimlet.errors import ConfigError, UserError, WeightsError
+from mimlet.export.timm import export_encoder
+from mimlet.methods.mae import build_decoder
+from mimlet.methods.settings import DecoderSettings
+from mimlet.models.decoders import Decoder, decoder_input, decoder_taps
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
+from mimlet.models.shapes import ViTShape
 from mimlet.models.teacher import Teacher, Teachers, load_teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import DECODER_FILE, ENCODER_FILE, encoder_state, save_decoder, save_weights
 from tests.data.images import make_folder
+from tests.families import HIERARCHICAL, micro
 from tests.models.official import save_mae_lite, tensors_of
 
 SHAPE = ViTShape(image_size=32, patch=8, dim=48, depth=2, heads=3)
@@ -330,3 +338,77 @@ def test_mae_lite_file(tmp_path: Path) -> None:
     student = ViT(ViTShape(image_size=32, patch=16, dim=24, depth=1, heads=3))
     teacher = load_teacher(TeacherSettings(path=str(path)), student, decoder=True)
     assert (teacher.heads, teacher.depth, teacher.grid, teacher.decoder.grid) == (12, 12, (2, 2), (2, 2))
+
+
+def exported(folder: Path, encoder: Encoder, decoder: Decoder | None = None) -> str:
+    export_encoder(folder, encoder, mean=IMAGENET_MEAN, std=IMAGENET_STD, decoder=decoder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_every_family_teaches(name: str, tmp_path: Path) -> None:
+    """From a file, at another size of image than it was made for; with its decoder; the same in bf16, nearly."""
+    torch.manual_seed(0)
+    encoder = micro(name).eval()
+    decoder = build_decoder(encoder, DecoderSettings(dim=16, depth=2, heads=2)).eval()
+    student = micro(name, image_size=64)
+    settings = config(exported(tmp_path, encoder, decoder))
+    teacher = Teachers().find(settings, student, decoder=True, masked=True)
+    assert (teacher.size, teacher.grid, teacher.dims) == (64, (16, 16), student.dims)
+    assert teacher.attending == student.attending
+    assert [teacher.heads_of(block) for block in student.attending] == [student.heads_of(b) for b in student.attending]
+    for layer in range(encoder.depth + 1):
+        assert teacher.layout(layer)[0] == student.layout(layer)[0]
+    images, mask = torch.randn(1, 3, 64, 64), Mask.from_noise(torch.rand(1, student.units), 0.5)
+    taps = Taps(hidden=(2, 5), qkv=(5,), tokens=False)
+    got, expected = teacher(images, mask, taps), encoder(images, mask, taps=taps)
+    assert_close((got.hidden, got.qkv[5]), (expected.hidden, expected.qkv[5]), rtol=1e-4, atol=1e-5)
+    exact, rough = teacher(images).latent, Teacher(deepcopy(teacher.encoder), bf16=True)(images).latent
+    assert 0 < (rough.float() - exact).norm() / exact.norm() < 0.03
+
+    small, hidden = torch.randn(1, 3, 32, 32), Mask.from_noise(torch.rand(1, encoder.units), 0.5)
+    decoded = Teacher(encoder, decoder)(small, hidden, Taps(decoded=(1,), tokens=False)).decoded[1]
+    latent = decoder_input(encoder, encoder(small, hidden, taps=decoder_taps(encoder)))
+    assert_close(decoded, decoder.features(latent, encoder.patch_mask(hidden), 1))
+
+
+def test_a_pooled_hiera_is_sized_by_its_last_grid(tmp_path: Path) -> None:
+    encoder = micro("hiera_micro", q_pool=3, fuse="none")
+    teacher = load_teacher(TeacherSettings(path=exported(tmp_path, encoder)), micro("hivit_micro", patch=8))
+    assert (teacher.size, teacher.grid, teacher.layout(5)[0]) == (32, (4, 4), (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "settings", "message"),
+    [
+        ("hiera_micro", {"name": "hivit_micro"}, {}, r"hides 2 x 2 patches at a time, the student 1 x 1, and this"),
+        (
+            "vit_nano",
+            {"name": "hiera_micro"},
+            {},
+            r"hides 1 x 1 patches at a time, the student 2 x 2.* \(tinymim, mimhd\)",
+        ),
+        ("vit_nano", {"name": "itpn_micro"}, {}, r"class token, the student none; a HiViT or iTPN has none, so take a"),
+        (
+            "itpn_micro",
+            {"name": "hivit_micro", "image_size": 64},
+            {"grid": "target"},
+            r"sees 8 x 8 patches, the student 16 x 16, and what the stages of a HiViT or iTPN answer is not resized",
+        ),
+    ],
+)
+def test_what_cannot_hide_alike_is_refused(
+    teacher: str, student: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    found = config(exported(tmp_path, micro(teacher)), **settings)
+    with pytest.raises(UserError, match=message):
+        Teachers().find(found, micro(**student), masked=True)
+
+
+def test_names_of_every_family(tmp_path: Path) -> None:
+    path, student = exported(tmp_path, micro("hivit_micro")), micro("hivit_micro")
+    assert load_teacher(TeacherSettings(path=path, name="hivit_micro"), student).depth == 6
+    with pytest.raises(
+        WeightsError, match=r"has width 128 and 1 \+ 1 \+ 4 blocks, but a hivit_tiny has 384 and 2 \+ 2 \+ 10"
+    ):
+        load_teacher(TeacherSettings(path=path, name="hivit_tiny", heads=4), student)

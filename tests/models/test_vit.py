@@ -13,9 +13,11 @@ from torch.testing import assert_close
 from mimlet.config import EncoderSettings
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
+from mimlet.models.build import build_encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.parts import relative_index, resize_positions, sincos_positions
-from mimlet.models.vit import ViT, ViTShape, build_encoder, shape_of
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 
 SHAPE = ViTShape(image_size=32, patch=8, dim=24, depth=3, heads=3)
 ALL = Taps(hidden=(0, 1, 2, 3), normed=(0, 1, 2, 3), attention=(1, 2, 3), qkv=(1, 2, 3))
@@ -170,7 +172,7 @@ def test_a_tap_on_logits_alone_projects_only_queries_and_keys(monkeypatch: pytes
         (Taps(qkv=(4,)), "no qkv of block 4: this encoder has blocks 1 to 3"),
         (Taps(hidden=(4,)), "no hidden of block 4: this encoder has blocks 0 to 3"),
         (Taps(normed=(-1,)), "no normed of block -1"),
-        (Taps(levels=(16,)), r"a plain ViT has no pyramid levels; ask for hidden=\(\.\.\.\)"),
+        (Taps(levels=(16,)), "no levels of stride 16 px in a plain ViT: it has none"),
     ],
 )
 def test_impossible_taps(taps: Taps, message: str) -> None:
@@ -409,7 +411,7 @@ def test_layer_scale_starts_as_told() -> None:
 def test_settings_describe_the_shape() -> None:
     settings = EncoderSettings(name="vit_nano", image_size=32, heads=2, class_token=False, drop_path=0.1)
     shape = ViTShape(image_size=32, patch=4, dim=64, depth=4, heads=2, class_token=False)
-    assert shape_of(settings) == shape
+    assert settings.shape() == shape
     encoder = build_encoder(settings)
     assert encoder.shape == shape
     assert (encoder.units, encoder.grid, encoder.prefix, encoder.cls_token) == (64, (8, 8), 0, None)
@@ -418,5 +420,5 @@ def test_settings_describe_the_shape() -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), [("vit_tiny", 5_524_416), ("vit_small", 21_665_664)])
 def test_parameters_equal_the_published_counts(name: str, parameters: int) -> None:
-    encoder = ViT(shape_of(EncoderSettings(name=name)))
+    encoder = build_encoder(EncoderSettings(name=name))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters

@@ -16,10 +16,12 @@ from torch.testing import assert_close
 from mimlet.config import EncoderSettings, parse_override
 from mimlet.data.masks import Mask
 from mimlet.errors import WeightsError
+from mimlet.models.build import build_encoder
 from mimlet.models.decoders import Decoder
 from mimlet.models.features import Taps
 from mimlet.models.parts import resize_positions
-from mimlet.models.vit import ViT, ViTShape, build_encoder
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -328,23 +330,6 @@ def test_a_decoder_is_loaded_whole(tmp_path: Path) -> None:
     save_file({name: value for name, value in tensors.items() if "_blocks.1." not in name}, file, metadata)
     with pytest.raises(WeightsError, match="its decoder has 2 blocks, and 1 of them are there"):
         load_decoder(open_checkpoint(tmp_path), encoder)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "hiera_tiny_224",
-        "mae_hiera_base_224",
-        "mae_hiera_tiny46_400e_bare",
-        "hivit_base_finetune",
-        "itpn_base_pixel_finetune",
-        "fast_itpn_tiny_finetune",
-    ],
-)
-def test_other_architectures_are_not_taken_for_a_plain_vit(name: str, tmp_path: Path) -> None:
-    torch.save({"model_state": tensors_of(name)}, tmp_path / "file.pth")
-    with pytest.raises(WeightsError, match="is not a plain ViT: "):
-        open_checkpoint(tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize(
@@ -658,6 +643,19 @@ def test_descriptions_of_another_version(tmp_path: Path) -> None:
     save_file(foreign(), path, metadata={"mimlet": "{"})
     with pytest.raises(WeightsError, match="carries a damaged description"):
         open_checkpoint(path)
+
+
+def test_descriptions_of_before(tmp_path: Path) -> None:
+    """Fields that came later have what was meant before them."""
+    old = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio", "class_token", "position", "relative")
+    shape = {name: value for name, value in vars(SMALL).items() if name in old}
+    encoder, _ = load_encoder(save_ours(tmp_path / ENCODER_FILE, ViT(SMALL), shape=shape))
+    assert encoder.shape == SMALL
+    save_decoder(tmp_path / DECODER_FILE, Decoder(24, (2, 2), 1, 192, 12, 1, 2), True)
+    tensors, metadata = read_tensors(tmp_path / DECODER_FILE)
+    info = {key: value for key, value in json.loads(metadata["mimlet"]).items() if key != "position"}
+    save_weights(tmp_path / DECODER_FILE, tensors, info)
+    assert load_decoder(open_checkpoint(tmp_path), encoder).position == "sincos"
 
 
 def test_saved_description_is_plain_json(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimlet.models.features import Taps
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.objectives.attention import logit_distance
 from mimlet.objectives.relations import (
     QKV,

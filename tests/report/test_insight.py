@@ -90,11 +90,11 @@ def test_distances_on_different_grids_are_in_pixels(tmp_path: Path) -> None:
     assert distance == (
         "attention distance, in pixels (grids differ), over heads by block: fine has the median 12 in block 1, 28 in "
         "block 3; coarse has the median 24 in block 1, 56 in block 3; "
-        f"uniform, 4 x 4 patches is {8 * apart:.4g}; "
-        f"uniform, 2 x 2 patches is {16 * (2 + math.sqrt(2)) / 4:.4g}."
+        f"uniform, 4 x 4 tokens is {8 * apart:.4g}; "
+        f"uniform, 2 x 2 tokens is {16 * (2 + math.sqrt(2)) / 4:.4g}."
     )
     (entropy,) = (text for text in words(out) if "entropy" in text)
-    assert entropy.endswith("uniform, 4 x 4 patches is 2.773; uniform, 2 x 2 patches is 1.386.")
+    assert entropy.endswith("uniform, 4 x 4 tokens is 2.773; uniform, 2 x 2 tokens is 1.386.")
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
@@ -234,3 +234,17 @@ def test_a_diagnosis_stands_on_a_page_of_runs_too(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     out = write_report([run], run / "report.html", title="t", findings=[Finding()])
     assert "They are." in Page(out.read_text()).text
+
+
+def test_blocks_without_attention_are_left_out(tmp_path: Path) -> None:
+    """Not drawn as 0: blocks 2 and 3 attend, on grids of 8 and of 4."""
+    measured = {"distance": [[], [1.0, 2.0], [2.0, 3.0]], "entropy": [[], [1.0, 1.5], [1.0, 1.5]]}
+    model = found_in("hiera", token_grids=[(16, 16), (8, 8), (4, 4)], **measured)
+    out = write_analysis(looked_into(model), tmp_path, tmp_path / "report.html", title="t")
+    (distance,) = (text for text in words(out) if "distance" in text)
+    assert distance.startswith(
+        "attention distance, in pixels (grids differ), over heads by block: hiera has the median 12 in block 2, 20 in "
+        "block 3; uniform, 8 x 8 tokens is "
+    )
+    (entropy,) = (text for text in words(out) if "entropy" in text)
+    assert entropy.endswith("uniform, 8 x 8 tokens is 4.159; uniform, 4 x 4 tokens is 2.773.")

@@ -16,6 +16,7 @@ from mimlet.analyse.results import read_analysis
 from mimlet.cli import main
 from mimlet.models.vit import ViT
 from mimlet.models.weights import load, read_tensors
+from mimlet.run import read_run
 from tests.data.images import make_folder
 from tests.tiny import ENCODER, SPEED, finetune, finetune_arguments, pretrain
 
@@ -105,3 +106,23 @@ def test_a_supervised_run_teaches(photos: Path, supervised: Path, tmp_path: Path
     mimlet.load(tmp_path / "labels")
     student = pretrain(photos, tmp_path / "dmae", "--recipe", "dmae_micro32", "--teacher", str(supervised))
     assert isinstance(load(student), ViT)
+
+
+def test_a_hiera_goes_all_the_way(photos: Path, tmp_path: Path) -> None:
+    """Pre-trained with two poolings; judged, fine-tuned and evaluated with three; a linear probe of what has no class
+    token reads the mean.
+    """
+    encoder = ["encoder.name=hiera_micro", "encoder.depth=0", "encoder.heads=0", "encoder.dim=8"]
+    run = pretrain(photos, tmp_path / "mae", *encoder, "method.decoder.dim=16", "method.decoder.heads=2")
+    short = ["schedule.epochs=1", "schedule.warmup_epochs=0", "schedule.batch=8", "speed.workers=0"]
+    data = {"data": str(photos), "eval": str(photos)}
+    assert set(mimlet.probe(run, **data)) == {"top1"}
+    assert set(mimlet.probe(run, **data, kind="linear", overrides=short)) == {"top1"}
+    settings = read_run(run / "probe_linear").config
+    assert settings.method.pool == "mean"
+    assert settings.encoder.shape() == read_run(run).config.encoder.shape()
+    more = ["encoder.q_pool=3", "encoder.fuse=none", "optim.layer_decay=0.8"]
+    tuned = finetune(photos, tmp_path / "tuned", *encoder, *more, "--encoder", str(run))
+    classifier = load(tuned)
+    assert classifier.encoder.grid == (2, 2)
+    assert set(mimlet.evaluate(tuned, data=str(photos))) == {"top1"}

@@ -4,22 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mimlet.config import Config, validate
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, Config, SpeedSettings, validate
 from mimlet.data.batch import Batch
 from mimlet.data.seeding import seeded
 from mimlet.errors import ConfigError, DataError
+from mimlet.export.timm import export_encoder
 from mimlet.methods.base import Clock
 from mimlet.methods.settings import ClassifySettings
 from mimlet.models.classifier import ClassifierHead
+from mimlet.models.features import Taps
 from mimlet.models.parts import relative_index
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import encoder_state, save_weights
 from mimlet.objectives.kd import hard_distillation, soft_distillation
 from mimlet.tasks.classify import Classify
+from mimlet.train.distributed import idle_parameters, make_fabric
+from tests.families import HIERARCHICAL, micro
 from tests.shared import golden
 
 CLOCK = Clock(0, 10, 10, 0)
@@ -431,8 +437,55 @@ def test_wrong_numbers_of_classes_are_refused(asked: int, found: int, error: typ
 def test_heads_that_need_a_class_token() -> None:
     encoder = ViT(replace(SHAPE, class_token=False))
     for settings, teacher in ({"pool": "class"}, None), ({"distill": {"kind": "hard"}}, Linear()):
-        with pytest.raises(ConfigError, match="read the class token, and this encoder has none"):
+        with pytest.raises(ConfigError, match=r"read the class token, and this encoder \(a plain ViT\) has none"):
             Classify(encoder, 4, ClassifySettings.model_validate(settings), teacher)
     with pytest.raises(ConfigError, match=r"set method\.pool=mean"):
         ClassifierHead(24, 4, "class", distilled=True)
     assert Classify(encoder, 4).predict(labelled().images).shape == (6, 4)
+
+
+PYRAMID = {
+    *("align_dim_16tofpn", "align_dim_16to8", "align_dim_8to4", "split_16to8", "split_8to4"),
+    *("block_16to8", "block_8to4", "fpn_modules"),
+}
+
+
+def small_images(count: int = 4) -> Batch:
+    return Batch({"image": torch.randn(count, 3, 32, 32)}, torch.arange(count), labels=torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize(("name", "settings"), [*((name, {}) for name in HIERARCHICAL), ("hiera_micro", {"q_pool": 3})])
+def test_every_family_is_pooled_after_its_last_block(name: str, settings: dict[str, int]) -> None:
+    """The mean of its tokens, a norm, a linear layer. Only what a decoder or a detector reads is left untrained; two
+    processes leave it out.
+    """
+    encoder, batch = micro(name, **settings), small_images()
+    task = Classify(encoder, 3)
+    assert task.head.fc_norm is not None
+    last = encoder(batch.images, taps=Taps(hidden=(encoder.depth,), tokens=False)).hidden[encoder.depth]
+    expected = F.linear(task.head.fc_norm(last.mean(dim=1)), task.head.head.weight, task.head.head.bias)
+    assert_close(task.predict(batch.images), expected)
+    assert_close(task(batch, CLOCK)["classification"], F.cross_entropy(expected, batch.labels))
+
+    idle = idle_parameters(task, make_fabric(SpeedSettings(accelerator="cpu", precision="32")), batch, CLOCK)
+    left = {"hiera_micro": {"multi_scale_fusion_heads"}, "hivit_micro": set()}.get(name, PYRAMID)
+    assert {parameter.split(".")[1] for parameter in idle} == left
+    assert not any(parameter.requires_grad for parameter in encoder.norm.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"pool": "class"}, {"distill": {"kind": "soft"}}])
+def test_families_without_class_token_say_so(settings: dict[str, object]) -> None:
+    teacher = Linear() if "distill" in settings else None
+    with pytest.raises(ConfigError, match=r"this encoder \(Hiera\) has none; use method\.pool=mean without method"):
+        Classify(micro("hiera_micro"), 4, ClassifySettings.model_validate(settings), teacher)
+
+
+def test_a_hiera_is_fine_tuned_with_another_pooling_than_it_was_pretrained_with(tmp_path: Path) -> None:
+    before = micro("hiera_micro")
+    export_encoder(tmp_path, before, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    encoder = {"name": "hiera_micro", "image_size": 32, "q_pool": 3, "fuse": "none", "weights": str(tmp_path)}
+    task = Classify.build(validate({"encoder": encoder, "method": {"name": "classify"}, "schedule": {"steps": 1}}), 3)
+    state = before.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in task.encoder.state_dict().items() if "blocks" in name)
+    assert task.encoder.grid == (4, 4)
+    assert task.predict(small_images().images).shape == (4, 3)

@@ -9,10 +9,13 @@ from torch.testing import assert_close
 import mimlet
 from mimlet.cli import main
 from mimlet.errors import ConfigError
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.features import Taps
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.tasks.heads import head_losses, without_head
 from mimlet.tasks.probe import Labelled
 from tests.data.images import make_folder
+from tests.families import micro
 from tests.tiny import pretrain
 
 
@@ -86,3 +89,26 @@ def test_probe_of_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "judges the whole encoder; --layer 1 is for --kind heads" in capsys.readouterr().err
     assert main(["probe", *given, "--kind", "heads", "--layer", "3"]) == 2
     assert "no block 3: this encoder has blocks 1 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "layer", "heads"), [("hiera_micro", 5, 4), ("itpn_micro", 6, 4)])
+def test_heads_of_every_family_are_taken_out(name: str, layer: int, heads: int) -> None:
+    """Both by their places in what is joined: head 2 of this block is a slice of its projection's inputs."""
+    encoder, images = micro(name).eval(), torch.randn(2, 3, 32, 32)
+    taps = Taps(hidden=(layer - 1, layer), tokens=False)
+    with without_head(encoder, layer, head=2):
+        without = encoder(images, taps=taps).hidden
+    (output,) = (
+        module
+        for part, module in encoder.named_modules()
+        if part.endswith("attn.proj") and encoder.layer_of(f"{part}.weight") == layer
+    )
+    width = encoder.dims[layer] // heads
+    output.weight.data[:, width : 2 * width] = 0
+    expected = encoder(images, taps=taps).hidden
+    assert_close(without, expected)
+
+
+def test_blocks_without_attention_have_no_heads() -> None:
+    with pytest.raises(ConfigError, match=r"block 2 does not attend .*; in a HiViT or iTPN the blocks 3, 4, 5, 6 do"):
+        head_losses(micro("itpn_micro"), 2, (Tensor(), Tensor()), lambda title: (Tensor(), Tensor()))

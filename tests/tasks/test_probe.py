@@ -10,9 +10,12 @@ from mimlet.config import Config, validate
 from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.features import Taps
+from mimlet.models.shapes import ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import encoder_state, save_weights
 from mimlet.tasks.probe import LinearProbe, extract_features, knn_probe, logistic_probe, pooled
+from tests.families import HIERARCHICAL, micro
 
 CLOCK = Clock(0, 10, 10, 0)
 SHAPE = ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=4)
@@ -180,6 +183,21 @@ def test_wrong_numbers_of_classes_are_refused(asked: int, found: int, error: typ
 
 def test_an_encoder_without_class_token_has_to_be_averaged() -> None:
     encoder = ViT(replace(SHAPE, class_token=False))
-    with pytest.raises(ConfigError, match="this encoder has none; use pool 'mean'"):
+    with pytest.raises(ConfigError, match=r"this encoder \(a plain ViT\) has none; use pool 'mean'"):
         LinearProbe(encoder, 4)
     assert LinearProbe(encoder, 4, "mean").predict(labelled().images).shape == (8, 4)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_every_family_is_judged_by_its_last_block(name: str) -> None:
+    """Also a Hiera, whose final tokens are a sum of stages for its decoder."""
+    encoder, images = micro(name).eval(), torch.randn(4, 3, 32, 32)
+    hidden = encoder(images, taps=Taps(hidden=(encoder.depth,), tokens=False)).hidden[encoder.depth]
+    assert_close(pooled(encoder, images, "mean"), encoder.norm(hidden).mean(dim=1))
+    batch = Batch({"image": images}, torch.arange(4), labels=torch.arange(4))
+    task = LinearProbe(encoder, 4, "mean")
+    task(batch, CLOCK)["classification"].backward()
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert task.head[1].weight.grad is not None
+    with pytest.raises(ConfigError, match=r"has none; use pool 'mean'"):
+        LinearProbe(encoder, 4)

@@ -1,5 +1,5 @@
-"""What methods that compare images with each other make of one batch; alone, or as one of several processes, which
-`test_contrastive` has this script start.
+"""What methods that compare images with each other, follow themselves or average over ragged masks make of one batch;
+alone, or as one of several processes, which `test_contrastive` has this script start.
 """
 
 import multiprocessing
@@ -13,15 +13,25 @@ from torch import Tensor, nn
 
 from mimlet import processes
 from mimlet.data.batch import Batch
+from mimlet.data.masks import Mask
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.dino import DINO
+from mimlet.methods.itpn import ITPN
+from mimlet.methods.itpn_clip import ITPNClip
 from mimlet.methods.mocov3 import MoCoV3
-from mimlet.methods.settings import DINOSettings
+from mimlet.methods.settings import DINOSettings, ITPNClipSettings
+from mimlet.models.decoders import make_decoder
+from mimlet.models.hivit import HiViT
 from mimlet.models.norm import GlobalBatchNorm
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import HiViTShape, ViTShape
+from mimlet.models.teacher import Teacher
+from mimlet.models.vit import ViT
+from mimlet.train.distributed import weighted
+from mimlet.train.optim import follow
 
 BATCH, WORLDS = 16, (4, 2)
 SHAPE = ViTShape(image_size=16, patch=8, dim=24, depth=2, heads=3)
+PYRAMID = HiViTShape(16, 4, 16, (1, 1, 2), 2, pyramid_dim=8, pyramid_depth=1, pyramid_hidden=16)
 
 
 def mine(x: Tensor) -> Tensor:
@@ -104,9 +114,55 @@ def dino() -> dict[str, Tensor]:
     )
 
 
+def step_whole(method: Method, mask: Mask) -> dict[str, Tensor]:
+    """One step of gradient descent on all weighted losses, and of the average."""
+    clock, images = Clock(0, 10, 10, 0), mine(torch.randn(BATCH, 3, 16, 16))
+    losses = method(Batch({"image": images}, torch.arange(len(images)), {"mask": mask}), clock)
+    weighted(losses, method.weights).backward()
+    for parameter in method.parameters():
+        if parameter.grad is not None:
+            parameter.grad = processes.mean(parameter.grad)
+    method.on_gradients(clock)
+    found = {f"loss {name}": processes.mean(value) for name, value in losses.items()}
+    found |= {f"gradient {name}": p.grad for name, p in method.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad)
+    for follower, leader in method.ema.items():
+        follow(getattr(method, follower), getattr(method, leader), 0.5)
+        found |= {f"{follower}.{name}": value for name, value in getattr(method, follower).state_dict().items()}
+    return found
+
+
+def itpn() -> dict[str, Tensor]:
+    """iTPN's pixels and features."""
+    torch.manual_seed(4)
+    encoder = HiViT(PYRAMID)
+    method = ITPN(encoder, make_decoder(encoder, 48, 16, 1, 2))
+    assert method.target is not None
+    method.target.requires_grad_(False)
+    return step_whole(method, Mask.from_noise(mine(torch.rand(BATCH, 16)), 0.75))
+
+
+def itpn_clip() -> dict[str, Tensor]:
+    """Images hide different numbers of patches."""
+    torch.manual_seed(5)
+    method = ITPNClip(HiViT(PYRAMID), ITPNClipSettings(), Teacher(ViT(ViTShape(16, 4, 12, 1, 2))))
+    hidden = torch.rand(BATCH, 16) < torch.linspace(0.1, 0.8, BATCH)[:, None]
+    return step_whole(method, Mask.from_hidden(mine(hidden)))
+
+
 def measure() -> dict[str, dict[str, Tensor]]:
     """Everything."""
-    return {"norm": norm(True), "plain norm": norm(False), "moco": moco(), "dino": dino()}
+    return {
+        "norm": norm(True),
+        "plain norm": norm(False),
+        "moco": moco(),
+        "dino": dino(),
+        "itpn": itpn(),
+        "itpn_clip": itpn_clip(),
+    }
 
 
 def main(out: Path, world: int, rank: int) -> None:

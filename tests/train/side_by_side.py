@@ -29,6 +29,10 @@ PRETRAIN: dict[str, dict[str, Any]] = {
     "beit": {"name": "beit", "masking": {"smallest": 0.06, "tries": 1}},
     "dino": {"name": "dino", "local_size": 8, "local_crops": 2, "outputs": 20, "hidden": 16, "momentum": (0.5, 1.0)},
     "mocov3": {"name": "mocov3", "hidden": 20, "outputs": 8, "momentum": 0.5},
+    "mae_hiera": {"name": "mae", "decoder": {"dim": 16, "heads": 2, "position": "learned"}},
+    "mae_itpn": {"name": "mae", "decoder": {"dim": 16, "heads": 2}},
+    "itpn": {"name": "itpn", "decoder": {"dim": 16, "heads": 2}, "features": {"momentum": 0.5}},
+    "itpn_clip": {"name": "itpn_clip", "masking": {"smallest": 0.06, "tries": 1}},
 }
 WHOLE = {"mocov3": PRETRAIN["mocov3"]}
 """Methods that contrast the images of a step, and take no pieces."""
@@ -41,10 +45,21 @@ FINETUNE: dict[str, dict[str, Any]] = {
         "pool": "class",
         "distill": {"kind": "hard", "token": "distillation"},
     },
+    "classify_hiera": {"name": "classify"},
+    "classify_itpn": {"name": "classify"},
 }
+PLAIN = {"name": "vit_nano", "image_size": 16, "dim": 24, "depth": 2, "heads": 3}
+HIERA = {"name": "hiera_micro", "image_size": 16, "dim": 4}
+ITPN = {"name": "itpn_micro", "image_size": 16, "dim": 16, "heads": 2, "pyramid_dim": 8, "stages": (1, 1, 2)}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "mae_hiera": HIERA,
+    "classify_hiera": {**HIERA, "q_pool": 3},
+    **dict.fromkeys(("mae_itpn", "itpn", "itpn_clip", "classify_itpn"), ITPN),
+}
+"""Those that are not plain."""
 
 
-def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
+def config(name: str, method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
     """Four steps of 8 images, by plain gradient descent: rounding must not grow. Encoders are judged meanwhile."""
     labelled = [] if method in FINETUNE.values() else [str(data)]
     if method["name"] == "beit":
@@ -53,14 +68,14 @@ def config(method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces:
     clip = 1.0 if method["name"] == "mocov3" else 0.0  # the gradients of its class token are in the hundreds at first
     return load_config(
         {
-            "encoder": {"name": "vit_nano", "image_size": 16, "dim": 24, "depth": 2, "heads": 3},
+            "encoder": ENCODERS.get(name, PLAIN),
             "method": method,
             "teacher": {"path": str(teacher), "precision": "32"},
             "data": {"path": [str(data)], "labelled": labelled, "augment": augment},
             "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0, "clip": clip},
             "schedule": {"batch": 8, "steps": 4},
             "speed": {"accelerator": "cpu", "precision": "32", "workers": 0, "accumulate": pieces},
-            "run": {"out": str(out), "tensorboard": False, "report": False, "log_steps": 1},
+            "run": {"out": str(out / name), "tensorboard": False, "report": False, "log_steps": 1},
         }
     )
 
@@ -69,9 +84,9 @@ def main(data: Path, teachers: Path, out: Path, pieces: int) -> None:
     """Trains all methods into folders below `out`; each batch in as many pieces per process."""
     divisible = {name: method for name, method in PRETRAIN.items() if name not in WHOLE}
     for methods, teacher in ((divisible, "encoder"), (FINETUNE, "labels")):
-        api.compare([config(method, teachers / teacher, data, out / name, pieces) for name, method in methods.items()])
+        api.compare([config(name, method, teachers / teacher, data, out, pieces) for name, method in methods.items()])
     for name, method in WHOLE.items():
-        api.train(config(method, teachers / "encoder", data, out / name, pieces=1))
+        api.train(config(name, method, teachers / "encoder", data, out, pieces=1))
 
 
 if __name__ == "__main__":

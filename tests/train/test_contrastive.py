@@ -18,6 +18,8 @@ BOUNDS = {
     "plain norm": {"rtol": 1e-5, "atol": 2e-6},
     "moco": {"rtol": 1e-9, "atol": 1e-11},  # in double precision
     "dino": {"rtol": 1e-4, "atol": 1e-6},
+    "itpn": {"rtol": 1e-4, "atol": 1e-6},
+    "itpn_clip": {"rtol": 1e-4, "atol": 1e-6},
 }
 Found = dict[str, dict[str, Tensor]]
 
@@ -65,3 +67,7 @@ def test_what_is_compared(alone: Found) -> None:
     assert (moco["projector.1.num_batches_tracked"], moco["momentum_projector.1.num_batches_tracked"]) == (2, 2)
     assert dino["centre"].std() > 0.1
     assert dino["gradient student_head.last_layer.weight"].abs().max() > 1e-4
+    itpn, clip = alone["itpn"], alone["itpn_clip"]
+    assert itpn["target.patch_embed.proj.weight"].abs().max() > 1e-2
+    assert itpn["gradient heads.4.weight"].abs().max() > 1e-4
+    assert clip["gradient mask_token"].abs().max() > 1e-5

@@ -1,12 +1,16 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mimlet.config import Config, OptimSettings
+from mimlet.config import Config, EncoderSettings, OptimSettings
 from mimlet.data.batch import Batch
 from mimlet.methods.base import Clock, Method
+from mimlet.models.build import encoder_of
+from mimlet.models.vit import ViT
+from mimlet.tasks.classify import Classify
 from mimlet.train.optim import (
     follow,
     learning_rate,
@@ -25,6 +29,15 @@ from tests.train.toy import Toy
 HEAD = ("fc_norm.", "head.", "dist_norm.", "head_dist.")
 
 
+class Deep(nn.Module):
+    """Has layers as a ViT has."""
+
+    depth: int
+
+    def layer_of(self, name: str) -> int:
+        return ViT.layer_of(self, name)  # type: ignore[arg-type]
+
+
 class Named(Method):
     """Parameters with given names and shapes."""
 
@@ -32,7 +45,8 @@ class Named(Method):
 
     def __init__(self, shapes: dict[str, list[int]], depth: int) -> None:
         super().__init__()
-        self.encoder = nn.Module()
+        self.encoder = Deep()
+        self.encoder.depth = depth
         for name, shape in shapes.items():
             *path, last = name.split(".")
             place: nn.Module = self
@@ -41,7 +55,6 @@ class Named(Method):
                     place.add_module(part, nn.Module())
                 place = getattr(place, part)
             place.register_parameter(last, nn.Parameter(torch.zeros(shape)))
-        self.encoder.depth = depth  # type: ignore[assignment]
 
     @classmethod
     def build(cls, config: Config, classes: int = 0) -> "Named":
@@ -82,6 +95,49 @@ def test_a_distillation_token_learns_as_fast_as_the_heads() -> None:
     }
     decaying = flat_groups(Named(shapes, depth=12), optim.model_copy(update={"decay_tokens": True}))
     assert decaying["encoder.dist_token"] == [1, 0.05]
+
+
+def fine_tuning(name: str, **settings: Any) -> Classify:
+    """Of an encoder of the zoo with its blocks, but narrow."""
+    shape = EncoderSettings(name=name, dim=32, heads=2, image_size=32, **settings).shape()
+    return Classify(encoder_of(shape), 3)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_layers_of_itpn_count_without_merges(fast: bool) -> None:
+    """iTPN's fine-tuning: 0.60 rescaled by 13 / 31, which leaves the power of the layer. Fast-iTPN's released code
+    counts merges as layers, so that what is before a merge learns slower there by one factor for each merge.
+    """
+    decay = 0.60 ** (13 / 31)
+    method = fine_tuning("fast_itpn_base" if fast else "itpn_base", pyramid_dim=16)
+    optim = OptimSettings(layer_decay=decay, weight_decay=0.05, decay_tokens=False)
+    groups = flat_groups(method, optim)
+    table = "pos_embed" if fast else "absolute_pos_embed"
+    layers = {f"encoder.{table}": 0, "encoder.patch_embed.proj.weight": 0, "encoder.blocks.0.norm2.weight": 1}
+    layers |= {"encoder.blocks.3.reduction.weight": 3, "encoder.blocks.7.reduction.weight": 6}
+    layers |= {"encoder.blocks.4.mlp.fc1.weight": 4, "encoder.blocks.6.mlp.fc2.weight": 6}
+    layers |= {"encoder.blocks.8.attn.proj.weight": 7, "encoder.blocks.31.attn.proj.weight": 30}
+    layers |= {"encoder.split_16to8.norm.weight": 31, "head.head.weight": 31, "head.fc_norm.weight": 31}
+    for name, layer in layers.items():
+        assert groups[name][0] == pytest.approx(decay ** (31 - layer), rel=1e-12), name
+    assert {groups[name][1] for name in groups if name.endswith(("pos_embed", "bias", "gamma_1"))} == {0}
+    if fast:
+        released = {"encoder.pos_embed": 0, "encoder.blocks.0.norm2.weight": 1, "encoder.blocks.4.mlp.fc1.weight": 5}
+        factors = {name: groups[name][0] / decay ** (33 - number) for name, number in released.items()}
+        assert factors == pytest.approx(dict(zip(released, (decay**-2, decay**-2, decay**-1), strict=True)))
+        assert groups["encoder.blocks.8.attn.proj.weight"][0] == pytest.approx(decay ** (33 - 9))
+
+
+def test_layers_of_hiera() -> None:
+    optim = OptimSettings(layer_decay=0.85, weight_decay=0.05, decay_tokens=False)
+    groups = flat_groups(fine_tuning("hiera_tiny46"), optim)
+    layers = {"encoder.pos_embed": 0, "encoder.patch_embed.proj.weight": 0, "encoder.blocks.0.norm1.weight": 1}
+    layers |= {"encoder.blocks.1.proj.weight": 2, "encoder.blocks.11.mlp.fc2.weight": 12, "head.head.weight": 13}
+    layers |= {"encoder.multi_scale_fusion_heads.0.weight": 13}
+    for name, layer in layers.items():
+        assert groups[name][0] == pytest.approx(0.85 ** (13 - layer)), name
+    assert groups["encoder.pos_embed"][1] == 0
+    assert groups["encoder.patch_embed.proj.weight"][1] == 0.05
 
 
 def test_tokens_decay_in_pre_training_and_vectors_never_do() -> None:

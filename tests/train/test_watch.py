@@ -257,3 +257,21 @@ def test_trainings_side_by_side_have_curves_and_films_of_their_own(
     assert read_pictures(first) == read_pictures(tmp_path / "alone")
     assert list(read_pictures(second)) == list(read_pictures(first))
     assert read_pictures(second)["visible"] != read_pictures(first)["visible"]
+
+
+@pytest.mark.parametrize("name", ["hiera_micro", "itpn_micro"])
+def test_hierarchical_encoders_are_watched(name: str, photos: Path, test_photos: Path, tmp_path: Path) -> None:
+    """Judged by their last block, with pictures of what their decoders make of the images."""
+    encoder = (f"encoder.name={name}", "encoder.depth=0", "encoder.heads=0", "encoder.dim=32")
+    given = ("--labelled", str(test_photos), "--eval", str(photos), "run.pictures=2", "run.report=true")
+    decoder = ("method.decoder.dim=16", "method.decoder.heads=2")
+    run = pretrain(photos, tmp_path / "run", *encoder, *decoder, *given, "schedule.eval_epochs=1")
+    assert [step for step, *_ in judged(run)] == [0, 3]
+    args = ["--kind", "knn", "--data", str(test_photos), "--eval", str(photos), "--out", str(tmp_path)]
+    assert main(["probe", str(run), *args]) == 0
+    (row,) = csv.DictReader((tmp_path / "probe_knn.csv").read_text().splitlines())
+    assert judged(run)[-1] == (3, ("knn_top1", float(row["top1"])))
+    pictures = read_pictures(run)
+    assert list(pictures) == ["original", "visible", "step 0", "step 3"]
+    assert pictures["step 0"] != pictures["step 3"]
+    assert "reconstruction" in (run / "report.html").read_text()

@@ -27,7 +27,7 @@ from mimlet.data.loader import evaluation_batches
 from mimlet.data.seeding import key
 from mimlet.data.source import Source
 from mimlet.errors import ConfigError, DataError
-from mimlet.models.features import Taps
+from mimlet.models.features import Features, Taps
 
 WHOLE = 64
 """Images that pass a model at a time where attention is not looked at."""
@@ -128,44 +128,57 @@ class _Watcher:
         self.attends = what.attention and subject.sees_attention
         if what.attention and not subject.sees_attention:
             self.notes.append("no attention distance and entropy: its blocks do not show their attention")
-        blocks = tuple(range(1, subject.depth + 1))
-        self.taps = Taps(**{self.layer: tuple(layers)}, attention=blocks if self.attends else (), tokens=False)
-        self.health = [Health(subject.dim, subject.device) for _ in layers] if what.health else []
-        self.statistics: list[Tensor] = []
+        if self.attends and len(subject.attending) < subject.depth:
+            self.notes.append(
+                f"attention of the blocks {', '.join(map(str, subject.attending))} only: the others do not attend to "
+                "the whole image"
+            )
+        self.layouts = {block: subject.layout(block) for block in subject.attending}
+        blocks = subject.attending if self.attends else ()
+        self.taps = Taps(**{self.layer: tuple(layers)}, attention=blocks, tokens=False)
+        self.health: list[Health] = []
+        self.statistics: list[list[Tensor]] = []
 
     def update(self, views: Batch) -> list[Tensor]:
         """A minibatch: returns the centred Gram matrix of every layer."""
         images = views.views[self.subject.view]
         layers: list[list[Tensor]] = [[] for _ in range(self.subject.depth + 1)]
-        statistics: list[Tensor] = []
+        statistics: list[list[Tensor]] = []
         for part in torch.split(images, self.subject.chunk if self.attends else WHOLE):
             features = self.subject.features(part, self.taps)
             for layer, tokens in getattr(features, self.layer).items():
                 layers[layer].append(tokens[:, features.prefix :].float())
             if self.attends:
-                found = [
-                    torch.stack(attention_statistics(features.attention[block], features.grid, features.prefix))
-                    for block in self.taps.attention
-                ]
-                statistics.append(torch.stack(found))  # [L,2,B,H]
+                statistics.append([self._statistics(features, block) for block in self.taps.attention])
         if self.attends:
-            self.statistics.append(torch.cat(statistics, dim=2).mean(dim=2))
+            blocks = zip(*statistics, strict=True)
+            self.statistics.append([torch.cat(parts, dim=1).mean(dim=1) for parts in blocks])
         grams = []
         for layer, parts in enumerate(layers):
             tokens = torch.cat(parts)
             parts.clear()
-            if self.health:
+            if self.what.health:
+                if len(self.health) == layer:  # widths differ between stages
+                    self.health.append(Health(tokens.shape[-1], self.subject.device))
                 self.health[layer].update(tokens)
             if self.what.cka:
                 grams.append(centred_gram(tokens))
         return grams
 
+    def _statistics(self, features: Features, block: int) -> Tensor:
+        """Distance, in patches, and entropy of a block, [2,B,H]."""
+        (rows, columns), order = self.layouts[block]
+        distance, entropy = attention_statistics(features.attention[block], (rows, columns), features.prefix, order)
+        return torch.stack([distance * self.subject.grid[0] / rows, entropy])
+
     def findings(self) -> ModelFindings:
         """What was measured."""
         subject = self.subject
-        distance = entropy = None
-        if self.statistics:
-            distance, entropy = torch.stack(self.statistics).mean(dim=0).unbind(1)
+        distance: list[list[float]] = [[] for _ in range(subject.depth)]
+        entropy: list[list[float]] = [[] for _ in range(subject.depth)]
+        for block, found in zip(self.taps.attention, zip(*self.statistics, strict=True), strict=bool(self.statistics)):
+            distance[block - 1], entropy[block - 1] = torch.stack(found).mean(dim=0).tolist()
+        grids = [subject.layout(block)[0] for block in range(1, subject.depth + 1)]
         return ModelFindings(
             subject.label,
             subject.source,
@@ -176,12 +189,13 @@ class _Watcher:
             subject.heads,
             subject.dim,
             subject.parameters,
-            distance=None if distance is None else distance.tolist(),
-            entropy=None if entropy is None else entropy.tolist(),
+            distance=distance if self.statistics else None,
+            entropy=entropy if self.statistics else None,
             effective_rank=[layer.effective_rank for layer in self.health],
             spread=[layer.spread for layer in self.health],
             similarity=[layer.similarity for layer in self.health],
             notes=self.notes,
+            token_grids=grids if set(grids) != {subject.grid} else [],
         )
 
 

@@ -586,7 +586,7 @@ def _best_match(rows: Sequence[Sequence[float]]) -> float:
 
 
 def _attends(model: ModelFindings) -> bool:
-    return bool(model.entropy and model.distance) and math.prod(model.grid) > 1
+    return bool(model.upper and model.distance) and all(model.uniform_entropy(block) > 0 for block in model.upper)
 
 
 def _attention(model: ModelFindings) -> Answer:
@@ -595,15 +595,17 @@ def _attention(model: ModelFindings) -> Answer:
         return _unmeasured(ATTENTION, "attention", f"no attention of {model.label} ({why})", UNIFORM_ATTENTION)
     assert model.entropy
     assert model.distance
-    most = math.log(math.prod(model.grid))
-    first = model.depth - math.ceil(model.depth / 3)
-    low = [min(heads) / most for heads in model.entropy[first:]]
-    high = [max(heads) / most for heads in model.entropy[first:]]
+    blocks = model.upper
+    low = [min(model.entropy[block - 1]) / model.uniform_entropy(block) for block in blocks]
+    high = [max(model.entropy[block - 1]) / model.uniform_entropy(block) for block in blocks]
     judged = [(UNIFORM_ATTENTION.judge(a), POINT_ATTENTION.judge(b)) for a, b in zip(low, high, strict=True)]
-    uniform = [first + 1 + i for i, (flat, _) in enumerate(judged) if flat]
-    point = [first + 1 + i for i, (_, sharp) in enumerate(judged) if sharp]
+    uniform = [block for block, (flat, _) in zip(blocks, judged, strict=True) if flat]
+    point = [block for block, (_, sharp) in zip(blocks, judged, strict=True) if sharp]
     sign = True if uniform or point else None if any(None in pair for pair in judged) else False
-    distances = [d for heads in model.distance[first:] for d in heads]
+    distances = [d for block in blocks for d in model.distance[block - 1]]
+    whole = len(blocks) == blocks[-1] - blocks[0] + 1
+    named = f"blocks {blocks[0]} to {blocks[-1]}" if whole and len(blocks) > 1 else _blocks(blocks)
+    even = sorted({f"{model.uniform_distance(block):.2f}" for block in blocks})
     finding = Finding(
         ATTENTION,
         (
@@ -615,10 +617,9 @@ def _attention(model: ModelFindings) -> Answer:
             if not any(sharp is None for _, sharp in judged)
             else "Their heads attend to very few patches."
         ),
-        f"Entropy over the heads of blocks {first + 1} to {model.depth}: {min(low):.2f} to {max(high):.2f} of ln N "
+        f"Entropy over the heads of {named}: {min(low):.2f} to {max(high):.2f} of ln N "
         f"(each block's lowest: {_numbers(low)}; highest: {_numbers(high)}); distance {min(distances):.2f} to "
-        f"{max(distances):.2f} patches, uniform attention has {model.uniform_distance:.2f}. Page: "
-        "Attention.",
+        f"{max(distances):.2f} patches, uniform attention has {' or '.join(even)}. Page: Attention.",
         f"A block is collapsed to uniform where its lowest head is at {UNIFORM_ATTENTION.sign} or above, not below "
         f"{UNIFORM_ATTENTION.none} ({UNIFORM_ATTENTION.source}); to a point where its highest is at "
         f"{POINT_ATTENTION.sign} or below, not above {POINT_ATTENTION.none} ({POINT_ATTENTION.source}).",
@@ -714,14 +715,15 @@ def _dimensions(model: ModelFindings, images: int) -> Answer:
 def _same_heads(model: ModelFindings) -> Answer:
     assert model.entropy
     assert model.distance
-    entropy, distance = model.entropy[-1], model.distance[-1]
-    entropies = (max(entropy) - min(entropy)) / math.log(math.prod(model.grid))
-    distances = (max(distance) - min(distance)) / model.uniform_distance
+    block = model.attending[-1]
+    entropy, distance = model.entropy[block - 1], model.distance[block - 1]
+    entropies = (max(entropy) - min(entropy)) / model.uniform_entropy(block)
+    distances = (max(distance) - min(distance)) / model.uniform_distance(block)
     alike = entropies < HEADS_ALIKE[0] and distances < HEADS_ALIKE[1] and len(entropy) > 1
     finding = Finding(
         SAME_HEADS,
         "Yes, as far as distance and entropy tell." if alike else "No.",
-        f"Over the {len(entropy)} heads of block {model.depth}, entropy has a range of {entropies:.3f} of ln N, "
+        f"Over the {len(entropy)} heads of block {block}, entropy has a range of {entropies:.3f} of ln N, "
         f"distance of {distances:.3f} of uniform attention's. Page: Attention.",
         f"Alike below {HEADS_ALIKE[0]} and {HEADS_ALIKE[1]}. Ours: last blocks on CIFAR-10 have at most 0.003 "
         "and 0.003 where heads are matched adaptively, at least 0.014 and 0.027 in other trained encoders.",

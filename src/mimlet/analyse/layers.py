@@ -41,12 +41,12 @@ def probe_by_layer(
     ]
 
 
-def _means(subject: Subject, dataset: ImageDataset, workers: int, title: str) -> tuple[Tensor, Tensor]:
-    """Mean patch tokens [L+1,N,D] and labels [N] of the N images that can be read, on the CPU."""
+def _means(subject: Subject, dataset: ImageDataset, workers: int, title: str) -> tuple[list[Tensor], Tensor]:
+    """Mean patch tokens [N,D] of each layer and labels [N] of the N images that can be read, on the CPU."""
     layers, kind = tuple(range(subject.depth + 1)), "normed" if subject.has_norms else "hidden"
-    means = torch.empty(len(layers), len(dataset), subject.dim)
+    means: list[list[Tensor]] = [[] for _ in layers]
     labels: list[Tensor] = []
-    seen, total = 0, -(-len(dataset) // BATCH)
+    total = -(-len(dataset) // BATCH)
     batches = evaluation_batches(dataset, batch=BATCH, workers=workers)
     for batch in track(batches, title, total, console=Console(stderr=True), transient=True):
         if not len(batch):
@@ -54,8 +54,7 @@ def _means(subject: Subject, dataset: ImageDataset, workers: int, title: str) ->
         labels.append(known_labels(batch))
         features = subject.features(batch.views[subject.view], Taps(**{kind: layers}, tokens=False))
         for layer, tokens in getattr(features, kind).items():
-            means[layer, seen : seen + len(batch)] = tokens[:, features.prefix :].float().mean(dim=1)
-        seen += len(batch)
-    if not seen:
+            means[layer].append(tokens[:, features.prefix :].float().mean(dim=1).cpu())
+    if not labels:
         raise DataError(f"no {title}: none of the images could be read")
-    return means[:, :seen], torch.cat(labels)
+    return [torch.cat(parts) for parts in means], torch.cat(labels)

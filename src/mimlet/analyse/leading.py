@@ -8,7 +8,7 @@ from pathlib import Path
 from mimlet.config import Config, changed_settings
 from mimlet.errors import ConfigError, RunError
 from mimlet.methods.settings import ClassifySettings
-from mimlet.models.vit import build_encoder
+from mimlet.models.build import build_encoder
 from mimlet.models.weights import ENCODER_FILE, fill_encoder, open_checkpoint
 from mimlet.run import read_run
 
@@ -54,13 +54,13 @@ def _check(config: Config, kept: Sequence[int]) -> None:
     if encoder.weights.startswith("transformers:"):
         raise ConfigError(
             f"{encoder.weights} is a model of another library, whose blocks mimlet does not train; give a run folder, "
-            "a plain ViT's weights file, or timm:NAME"
+            "a weights file, or timm:NAME"
         )
     if encoder.keep_blocks is not None:
         raise ConfigError(
             f"encoder.keep_blocks is {encoder.keep_blocks}, and leading blocks set it themselves; leave it out"
         )
-    depth = encoder.resolved()["depth"]
+    depth = encoder.blocks
     wrong = [blocks for blocks in kept if not 0 <= blocks <= depth]
     if wrong or not kept or len(set(kept)) < len(kept):
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from mimlet.data.masks import RandomMasking
 from mimlet.data.seeding import key
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.methods.mae import reconstruction_pictures
+from mimlet.models.build import encoder_of
+from mimlet.models.decoders import decoder_input, decoder_taps
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Taps
-from mimlet.models.vit import ViT
-from mimlet.models.weights import Checkpoint, fill_encoder, load_decoder, open_checkpoint, shape_of_checkpoint
+from mimlet.models.weights import Checkpoint, fill_encoder, load_decoder, open_checkpoint
 from mimlet.report.figures import CELL, GAP, INK, LABEL, image_grid, overlay
 
 UNDER = 20
@@ -35,11 +38,14 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
     """Share of a query's attention that each patch receives, per head: [B,H,rows,columns] of images [B,3,S,S] uint8.
 
     The query is the class token, or the patch `query`; without class token and `query`, the mean over all patches as
-    queries. `block`: from 1; 0: the last. See `Features.attended`; distillation and register tokens are not among the
+    queries. `block`: from 1; 0: the last that attends. A hierarchical encoder's tokens of that block stand for patches.
+    See `Features.attended`; distillation and register tokens are not among the
     keys, which multiplies a whole map by one factor.
 
     Raises `ConfigError` where there is no such block or patch, or where the attention cannot be seen.
     """
+    if not subject.attending:
+        raise ConfigError(f"no block of {subject.label} attends to the whole image; leave its attention maps out")
     if not subject.sees_attention:
         raise ConfigError(
             f"the attention of {subject.label} cannot be seen: its blocks do not call torch's "
@@ -47,10 +53,15 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
         )
     if not 0 <= block <= subject.depth:
         raise ConfigError(f"{subject.label} has blocks 1 to {subject.depth} (0: the last), and no block {block}")
-    number = block or subject.depth
+    if block and block not in subject.attending:
+        raise ConfigError(
+            f"block {block} of {subject.label} does not attend to the whole image; the blocks "
+            f"{', '.join(map(str, subject.attending))} do"
+        )
+    number = block or subject.attending[-1]
     features = subject.features(images, Taps(attention=(number,), tokens=False))
     place: int | None = None
-    rows, columns = features.grid
+    (rows, columns), order = subject.layout(number)
     if query is not None:
         row, column = query
         if not (0 <= row < rows and 0 <= column < columns):
@@ -58,8 +69,8 @@ def attention_maps(subject: Subject, images: Tensor, *, block: int = 0, query: Q
                 f"no patch {row},{column} (row, column) in {subject.label}, which has {rows} x {columns} patches; "
                 f"expected rows 0 to {rows - 1} and columns 0 to {columns - 1}"
             )
-        place = features.prefix + row * columns + column
-    return features.attended(number, place).cpu()
+        place = features.prefix + int(order[row * columns + column])
+    return features.attended(number, place, ((rows, columns), order)).cpu()
 
 
 def attention_picture(
@@ -71,7 +82,7 @@ def attention_picture(
     A map goes from 0 to its own largest share, which stands under it; the query patch has a frame.
     """
     maps = attention_maps(subject, images, block=block, query=query)
-    number, (rows, columns) = block or subject.depth, maps.shape[-2:]
+    number, heads, (rows, columns) = block or subject.attending[-1], maps.shape[1], maps.shape[-2:]
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)
     shown = images.permute(0, 2, 3, 1).cpu().numpy()
     side = _cell(shown.shape[1])
@@ -103,7 +114,7 @@ def attention_picture(
         f"attention_{slug(subject.label)}_block_{number}_{name}.png",
         f"{subject.label}: attention of {who.partition(' (')[0]} in block {number}",
         f"{len(shown)} images, and over each of them how the attention of {who} is spread over the patches: the mean "
-        f"of {subject.heads} heads, then every head",
+        f"of {heads} heads, then every head",
         f"Share of the attention of {who} in block {number} of {subject.depth} that each of {rows} x {columns} patches "
         "receives: grey none, yellow the most. Each map has its own scale from 0 to the share under it; spread evenly, "
         f"each patch would have {_percent(1 / (rows * columns + subject.prefix))}.",
@@ -141,7 +152,7 @@ def reconstruction_picture(
             f"{checkpoint.source} does not say which pixels its decoder predicts, so that they cannot be shown; name "
             "it as the official files: *_full.pth for normalised pixels, mae_visualize_*.pth for raw ones"
         )
-    encoder = ViT(shape_of_checkpoint(checkpoint, subject.heads))
+    encoder = encoder_of(cast(Encoder, subject.encoder).shape)
     fill_encoder(encoder, checkpoint)
     decoder = load_decoder(checkpoint, encoder)
     encoder.to(subject.device).eval()
@@ -151,16 +162,18 @@ def reconstruction_picture(
     mask = sampler.collate(torch.stack(draws))
     batch = Batch({"image": images}, torch.arange(len(images)), {"mask": mask})
     batch = batch.prepare(subject.device, subject.mean, subject.std)
-    prediction = decoder(encoder(batch.images, batch.mask).latent, batch.mask)
+    features, patches = encoder(batch.images, batch.mask, taps=decoder_taps(encoder)), encoder.patch_mask(batch.mask)
+    prediction = decoder(decoder_input(encoder, features), patches)
     normalised = checkpoint.pixels == "normalised"
-    pictures = reconstruction_pictures(prediction, batch, encoder.patch, normalised)
+    pictures = reconstruction_pictures(prediction, batch.images, patches, encoder.patch, normalised)
     shown, hidden = encoder.units - int(mask.hidden[0].sum()), f"{100 * mask_ratio:.3g} %"
+    units = "patches" if encoder.unit == 1 else "mask units"
     shot = Shot(
         f"reconstruction_{slug(subject.label)}.png",
         f"{subject.label}: reconstruction",
-        f"Three rows of {len(images)} images: the original, the {shown} of {encoder.units} patches that are shown, and "
+        f"Three rows of {len(images)} images: the original, the {shown} of {encoder.units} {units} that are shown, and "
         "with the hidden ones as the decoder predicts them",
-        f"{hidden} of the patches are hidden and predicted, visible ones are the original."
+        f"{hidden} of the {units} are hidden and predicted, visible ones are the original."
         + (" The decoder predicts normalised pixels: a patch's own mean and contrast are put back." * normalised),
     )
     return shot, image_grid(pictures, mean=subject.mean, std=subject.std)
@@ -173,7 +186,7 @@ def slug(label: str) -> str:
 
 def _checkpoint(subject: Subject) -> Checkpoint | None:
     """The file that a subject came from; None for modules and models of other libraries."""
-    readable = isinstance(subject.encoder, ViT) and Path(subject.source).exists()
+    readable = isinstance(subject.encoder, Encoder) and Path(subject.source).exists()
     return open_checkpoint(subject.source) if readable else None
 
 

@@ -25,7 +25,9 @@ class ModelFindings:
     """One encoder: what it is, and what was measured in it.
 
     Layers are numbered as taps: 0 the embedding, i after block i. `distance`, `entropy` [L][H]: of each block's heads,
-    over patches, in patches and in nats; None where attention cannot be seen. `effective_rank`, `spread`, `similarity`
+    over its tokens, in patches (of `patch` px, in all blocks) and in nats; no numbers of a block that does not attend
+    to the whole image, None where attention cannot be seen. `token_grids` [L]: (rows, columns) of each block's tokens,
+    where not all have `grid`. `effective_rank`, `spread`, `similarity`
     [L+1]: see `mimlet.analyse.health`. `probe` [L+1]: top-1 in percent of a classifier on each layer. `leading`: kept
     leading blocks -> top-1 in percent after fine-tuning. Empty where it was not asked for. `notes`: what could not be
     measured and why.
@@ -48,14 +50,38 @@ class ModelFindings:
     probe: list[float] = field(default_factory=list)
     leading: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    token_grids: list[tuple[int, int]] = field(default_factory=list)
 
     @property
-    def uniform_distance(self) -> float:
-        """The distance of uniform attention, in patches: of two patches of the grid, drawn independently."""
-        rows, columns = self.grid
+    def attending(self) -> list[int]:
+        """The blocks whose attention was measured."""
+        return [block for block, heads in enumerate(self.entropy or (), 1) if heads]
+
+    @property
+    def upper(self) -> list[int]:
+        """Those of them in the upper third of blocks."""
+        return [block for block in self.attending if block > self.depth - math.ceil(self.depth / 3)]
+
+    @property
+    def head_counts(self) -> str:
+        """The number of heads; of the stages, where they differ."""
+        counts = sorted({len(self.entropy[block - 1]) for block in self.attending}) if self.entropy else []
+        return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(self.heads)
+
+    def grid_of(self, block: int) -> tuple[int, int]:
+        """(rows, columns) of a block's tokens."""
+        return self.token_grids[block - 1] if self.token_grids else self.grid
+
+    def uniform_entropy(self, block: int) -> float:
+        """The entropy of uniform attention in a block, in nats."""
+        return math.log(math.prod(self.grid_of(block)))
+
+    def uniform_distance(self, block: int) -> float:
+        """The distance of uniform attention in a block, in patches: of two of its tokens, drawn independently."""
+        rows, columns = self.grid_of(block)
         offsets = product(range(1 - rows, rows), range(1 - columns, columns))
         total = sum((rows - abs(y)) * (columns - abs(x)) * math.hypot(y, x) for y, x in offsets)
-        return total / (rows * columns) ** 2
+        return total / (rows * columns) ** 2 * self.grid[0] / rows
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,7 @@ def read_analysis(folder: Path) -> Analysis:
                 **{
                     **model,
                     "grid": tuple(model["grid"]),
+                    "token_grids": [tuple(grid) for grid in model.get("token_grids", ())],
                     "leading": {int(kept): top1 for kept, top1 in model["leading"].items()},
                 }
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD
 from mimlet.data.batch import prepare_view
 from mimlet.errors import ConfigError
+from mimlet.models.build import encoder_of
 from mimlet.models.classifier import Classifier
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
 from mimlet.models.parts import NORM_EPS
-from mimlet.models.vit import ViT
 from mimlet.models.weights import Channels, Checkpoint, fill_encoder, shape_of_checkpoint
 
 MAPS = 2**26
@@ -29,7 +31,7 @@ class Subject:
 
     `prefix`: 1 if its features begin with a class token, else 0; other prefix tokens are left out. Features are those
     of whole images; `normed` of the last layer passes the norm its tokens pass before they are used: a classifier's
-    `fc_norm`, else the final norm.
+    `fc_norm`, else the final norm. `attending`: the blocks that attend to the whole image.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class Subject:
         self.grid = cast(tuple[int, int], encoder.grid)
         self.size = self.grid[0] * self.patch
         self.prefix = min(1, int(cast(int, encoder.prefix)))
-        self.sees_attention = bool(getattr(encoder, "readable", True))
+        self.attending = encoder.attending if isinstance(encoder, Encoder) else tuple(range(1, self.depth + 1))
+        self.sees_attention = bool(getattr(encoder, "readable", True)) and bool(self.attending)
         self.parameters = sum(parameter.numel() for parameter in encoder.parameters())
 
     @property
@@ -66,8 +69,18 @@ class Subject:
     @property
     def chunk(self) -> int:
         """Images to take at a time when the attention of all blocks is asked for."""
-        tokens = self.prefix + self.grid[0] * self.grid[1]
-        return max(1, MAPS // (self.depth * self.heads * tokens**2))
+        tokens = {block: self.prefix + math.prod(self.layout(block)[0]) for block in self.attending}
+        return max(1, MAPS // sum(self.heads_of(block) * tokens[block] ** 2 for block in self.attending))
+
+    def heads_of(self, block: int) -> int:
+        """Heads of a block that attends."""
+        return self.encoder.heads_of(block) if isinstance(self.encoder, Encoder) else self.heads
+
+    def layout(self, layer: int) -> tuple[tuple[int, int], Tensor]:
+        """The tokens of a layer, see `Encoder.layout`."""
+        if isinstance(self.encoder, Encoder):
+            return self.encoder.layout(layer)
+        return self.grid, torch.arange(math.prod(self.grid))
 
     @property
     def has_norms(self) -> bool:
@@ -76,7 +89,7 @@ class Subject:
 
     def fresh_norm(self) -> None:
         """Replaces the final norm by one as initialised: MAE-lite's analyses see pre-trained encoders so."""
-        if isinstance(self.encoder, ViT):
+        if isinstance(self.encoder, Encoder):
             self.encoder.norm = nn.LayerNorm(self.dim, eps=NORM_EPS).to(self.device)
 
     @torch.no_grad()
@@ -134,17 +147,19 @@ def short_labels(texts: Sequence[str]) -> list[str]:
     return [f"{label} {number}" for number, label in enumerate(labels, 1)]
 
 
-def _encoder(checkpoint: Checkpoint, heads: int) -> ViT:
-    encoder = ViT(shape_of_checkpoint(checkpoint, heads))
+def _encoder(checkpoint: Checkpoint, heads: int) -> Encoder:
+    encoder = encoder_of(shape_of_checkpoint(checkpoint, heads))
     fill_encoder(encoder, checkpoint)
     if "fc_norm.weight" in checkpoint.head:
-        encoder.norm.load_state_dict({name: checkpoint.head[f"fc_norm.{name}"] for name in ("weight", "bias")})
+        norm = nn.LayerNorm(encoder.dim, eps=NORM_EPS)
+        norm.load_state_dict({name: checkpoint.head[f"fc_norm.{name}"] for name in ("weight", "bias")})
+        encoder.norm = norm
     return encoder
 
 
-def _with_its_norm(model: Classifier) -> ViT:
+def _with_its_norm(model: Classifier) -> Encoder:
     """A classifier's encoder, ending in the norm that its classifier reads."""
     encoder = deepcopy(model.encoder)
     if model.head.fc_norm is not None:
-        encoder.norm.load_state_dict(model.head.fc_norm.state_dict())
+        encoder.norm = deepcopy(model.head.fc_norm)
     return encoder

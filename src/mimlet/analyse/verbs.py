@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -257,11 +258,11 @@ def _summary(analysis: Analysis) -> list[dict[str, object]]:
     """
     rows: list[dict[str, object]] = []
     for number, model in enumerate(analysis.models):
-        upper = slice(-max(1, model.depth // 3), None)
-        row: dict[str, object] = {"model": model.label, "heads": f"{model.depth} x {model.heads}"}
-        if model.distance and model.entropy:
-            row["px"] = model.patch * float(np.mean(model.distance[upper]))
-            row["nats"] = float(np.mean(model.entropy[upper]))
+        upper = [block for block in model.attending if block > model.depth - max(1, model.depth // 3)]
+        row: dict[str, object] = {"model": model.label, "heads": f"{model.depth} x {model.head_counts}"}
+        if model.distance and model.entropy and upper:
+            row["px"] = model.patch * fmean(fmean(model.distance[block - 1]) for block in upper)
+            row["nats"] = fmean(fmean(model.entropy[block - 1]) for block in upper)
         if model.effective_rank:
             row["rank"] = model.effective_rank[-1]
             row["alike"] = model.similarity[-1]

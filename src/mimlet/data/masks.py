@@ -74,6 +74,20 @@ class Mask:
         units, visible = self.hidden.shape[1], self.ids_keep.shape[1]
         return Mask(~self.hidden, self.ids_hidden, (self.ids_restore - visible) % units)
 
+    def divided(self, grid: tuple[int, int], side: int) -> Mask:
+        """The same mask over smaller units: each of a `grid` of units is divided into `side` x `side`, which stand
+        together, in raster order, where it stood.
+        """
+        (rows, columns), inside = grid, torch.arange(side, device=self.hidden.device)
+        whole = self.hidden.view(-1, rows, columns)
+        hidden = whole.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1)
+        if self.ids_keep is None:
+            return Mask(hidden)
+        order = self.order
+        top, left = order // columns * side, order % columns * side
+        ids = (top[..., None, None] + inside[:, None]) * (columns * side) + left[..., None, None] + inside
+        return Mask.from_order(ids.flatten(1), self.ids_keep.shape[1] * side * side)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Mask:
         """The same mask on another device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))

@@ -1,4 +1,5 @@
-"""Exports that timm reads without mimlet: `encoder.safetensors` with timm's names, and a description for people.
+"""Exports that timm reads without mimlet: `encoder.safetensors` with timm's names, and a description for people. What
+timm has not (HiViT, iTPN) has its official names.
 
 A folder holds one model: the encoder of a pre-training run (maybe with its decoder, for others that decode), or the
 classifier of a fine-tuning run.
@@ -7,7 +8,6 @@ classifier of a fine-tuning run.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,17 +18,19 @@ from torch import Tensor
 from mimlet.atomic import write_atomic
 from mimlet.errors import RunError, WeightsError
 from mimlet.models.decoders import Decoder
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.encoder import Encoder
+from mimlet.models.shapes import HieraShape, Shape, ViTShape
 from mimlet.models.weights import (
     DECODER_FILE,
     ENCODER_FILE,
     Channels,
     encoder_state,
-    of_beit_family,
     save_decoder,
     save_weights,
 )
-from mimlet.models.zoo import SIZES
+from mimlet.models.weights_family import ratio_of
+from mimlet.models.weights_vit import of_beit_family
+from mimlet.models.zoo import HIERARCHICAL, SIZES
 
 if TYPE_CHECKING:
     from mimlet.tasks.classify import Classify
@@ -41,10 +43,15 @@ DISTILLED_SIZES = {
     for size, name in (("tiny", "deit_tiny"), ("small", "deit_small"), ("base", "vit_base"))
 }
 
+HIERA_SIZES = {
+    f"{name}_224": HIERARCHICAL[name]
+    for name in ("hiera_tiny", "hiera_small", "hiera_base", "hiera_base_plus", "hiera_large", "hiera_huge")
+}
+
 
 def export_encoder(
     folder: Path,
-    encoder: ViT,
+    encoder: Encoder,
     *,
     mean: Channels,
     std: Channels,
@@ -94,14 +101,46 @@ def export_classifier(
     return _write(folder, task.classifier_state(), description)
 
 
-def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[str, dict[str, object]] | None:
+def timm_arguments(shape: Shape, classes: int = 0, pool: str = "") -> tuple[str, dict[str, object]] | None:
     """Name and arguments for `timm.create_model` of the same architecture; None if timm has no such model.
 
     `pool`: 'mean' or 'class' for classifiers, '' for an encoder that returns all tokens. The BEiT family's encoders are
     timm's `Beit`, which always has a class token. timm's models with a distillation token are plain classifiers of both
-    tokens, with positions.
+    tokens, with positions. timm's Hiera has no sum of stages (`HieraShape.fuse`). No model of timm migrates tokens.
     """
+    if isinstance(shape, HieraShape):
+        name, numbers = _hiera_numbers(shape)
+    elif isinstance(shape, ViTShape) and (found := _vit_numbers(shape, pool)):
+        name, numbers = found
+    else:
+        return None
+    arguments: dict[str, object] = {key: ours for key, (ours, timms) in numbers.items() if ours != timms}
+    return name, {**arguments, "num_classes": classes, "global_pool": {"mean": "avg", "class": "token", "": ""}[pool]}
+
+
+def _hiera_numbers(shape: HieraShape) -> tuple[str, dict[str, tuple[object, object]]]:
+    """Name of timm's Hiera, and its arguments: (ours, its default)."""
+    ours = (shape.dim, shape.stages)
+    name = next((name for name, size in HIERA_SIZES.items() if (size.dim, size.stages) == ours), "hiera_tiny_224")
+    size, stride = HIERA_SIZES[name], shape.patch // 4
+    return name, {
+        "img_size": (shape.image_size, 224),
+        "embed_dim": (shape.dim, size.dim),
+        "num_heads": (shape.heads, size.heads),
+        "stages": (shape.stages, size.stages),
+        "q_pool": (shape.q_pool, 3),
+        "mlp_ratio": (shape.mlp_ratio, 4.0),
+        "patch_kernel": ((2 * stride - 1,) * 2, (7, 7)),
+        "patch_stride": ((stride,) * 2, (4, 4)),
+        "patch_padding": ((stride - 1,) * 2, (3, 3)),
+    }
+
+
+def _vit_numbers(shape: ViTShape, pool: str) -> tuple[str, dict[str, tuple[object, object]]] | None:
+    """The same of timm's ViT that a plain ViT is, None without one."""
     beit = of_beit_family(shape)
+    if shape.migration:
+        return None
     if shape.distillation_token and (pool != "class" or beit or shape.position == "none"):
         return None
     if beit and not shape.class_token:
@@ -115,11 +154,10 @@ def timm_arguments(shape: ViTShape, classes: int = 0, pool: str = "") -> tuple[s
         "embed_dim": (shape.dim, size.dim),
         "depth": (shape.depth, size.depth),
         "num_heads": (shape.heads, size.heads),
-        "mlp_ratio": (_mlp_ratio(shape), 4.0),
+        "mlp_ratio": (ratio_of(round(shape.dim * shape.mlp_ratio), shape.dim), 4.0),
         **(_beit_parts(shape) if beit else _plain_parts(shape)),
     }
-    arguments: dict[str, object] = {key: ours for key, (ours, timms) in numbers.items() if ours != timms}
-    return name, {**arguments, "num_classes": classes, "global_pool": {"mean": "avg", "class": "token", "": ""}[pool]}
+    return name, numbers
 
 
 def _plain_parts(shape: ViTShape) -> dict[str, tuple[object, object]]:
@@ -141,13 +179,6 @@ def _beit_parts(shape: ViTShape) -> dict[str, tuple[object, object]]:
     }
 
 
-def _mlp_ratio(shape: ViTShape) -> float:
-    """The ratio from which timm, which rounds down, gets our hidden width."""
-    hidden = round(shape.dim * shape.mlp_ratio)
-    ratio = hidden / shape.dim
-    return ratio if int(shape.dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
 def snippet(folder: Path) -> str:
     """Python that loads the export in a folder and runs it once, to be copied as it is."""
     path = folder / DESCRIPTION_FILE
@@ -157,7 +188,7 @@ def snippet(folder: Path) -> str:
 
 
 def _description(
-    kind: str, shape: ViTShape, mean: Channels, std: Channels, arguments: tuple[str, dict[str, object]] | None
+    kind: str, shape: Shape, mean: Channels, std: Channels, arguments: tuple[str, dict[str, object]] | None
 ) -> dict[str, object]:
     return {
         "kind": kind,
@@ -179,7 +210,7 @@ def _write(folder: Path, state: Mapping[str, Tensor], description: Mapping[str, 
 
 
 def _snippet(info: Mapping[str, Any], file: str) -> str:
-    size = info["shape"]["image_size"]
+    shape, size, use = info["shape"], info["shape"]["image_size"], "model(images)"
     images = f"""
 # RGB images [B, 3, {size}, {size}] with values in [0, 1], normalised per channel
 mean = torch.tensor({info["mean"]}).view(3, 1, 1)
@@ -189,12 +220,17 @@ images = (torch.rand(1, 3, {size}, {size}) - mean) / std
     if info["kind"] == "classifier":
         result, meaning = "scores", f"[B, {len(info['classes'])}], one score per class"
     else:
-        names = [name for name in ("class", "distillation") if info["shape"].get(f"{name}_token")]
-        first = "".join(f"{name} token, " for name in names) + ("then " if names else "")
-        tokens = (size // info["shape"]["patch"]) ** 2 + len(names)
-        result, meaning = "tokens", f"[B, {tokens}, {info['shape']['dim']}]: {first}patches in raster order"
+        result, meaning = "tokens", _tokens(shape)
     if info["timm"] is None:
         suffix = "" if info["kind"] == "classifier" else ".tokens"
+        pyramid = ""
+        if shape.get("pyramid_dim"):
+            strides = tuple(shape["patch"] // each for each in (4, 2, 1))
+            encoder = "model.encoder" if info["kind"] == "classifier" else "model"
+            pyramid = (
+                f"    levels = {encoder}(images, taps=mimlet.Taps(levels={strides})).levels"
+                f"  # the pyramid, maps [B, {shape['pyramid_dim']}, h, w] by stride in px\n"
+            )
         return f"""import mimlet
 import torch
 
@@ -202,10 +238,10 @@ import torch
 model = mimlet.load({file!r})
 {images}
 with torch.no_grad():
-    {result} = model(images){suffix}  # {meaning}
-"""
+    {result} = {use}{suffix}  # {meaning}
+{pyramid}"""
     arguments = ", ".join(f"{key}={value!r}" for key, value in info["timm"]["kwargs"].items())
-    shape, load = info["shape"], f"model.load_state_dict(load_file({file!r}))"
+    load = f"model.load_state_dict(load_file({file!r}))"
     if info["timm"]["name"] == BEIT and not (shape["qv_bias"] or shape["relative"] == "qv"):
         load = f"""weights = load_file({file!r})
 for name in [name for name in weights if name.endswith("qkv.bias")]:
@@ -213,6 +249,15 @@ for name in [name for name in weights if name.endswith("qkv.bias")]:
     q, _, v = weights.pop(name).chunk(3)
     weights |= {{name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}}
 model.load_state_dict(weights)"""
+    fused = shape.get("fuse", "none") != "none"
+    if fused:
+        load = f"""weights = load_file({file!r})
+# timm's model does not sum stages for a decoder, as mimlet's encoder does for its tokens
+model.load_state_dict({{name: weights[name] for name in model.state_dict()}})"""
+    if "fuse" in shape and info["kind"] == "encoder":
+        last = "model.forward_features(images)" if fused else "model(images)"
+        use = f"model.reroll({last}, {sum(shape['stages']) - 1}).flatten(1, 2)"
+        meaning += ", the last block's output" if fused else ""
     return f"""import timm
 import torch
 from safetensors.torch import load_file
@@ -222,5 +267,15 @@ model = timm.create_model({info["timm"]["name"]!r}, {arguments})
 model.eval()
 {images}
 with torch.no_grad():
-    {result} = model(images)  # {meaning}
+    {result} = {use}  # {meaning}
 """
+
+
+def _tokens(shape: Mapping[str, Any]) -> str:
+    """What an encoder of this description returns."""
+    names = [name for name in ("class", "distillation") if shape.get(f"{name}_token")]
+    first = "".join(f"{name} token, " for name in names) + ("then " if names else "")
+    side, dim = shape["image_size"] // shape["patch"], shape["dim"]
+    if "q_pool" in shape:
+        side, dim = side // (shape["q_pool"] - 1), 8 * dim
+    return f"[B, {side**2 + len(names)}, {dim}]: {first}patches in raster order"

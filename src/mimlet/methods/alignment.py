@@ -10,12 +10,12 @@ from torch import Tensor
 from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError
 from mimlet.methods.settings import AlignmentSettings, TermSettings
-from mimlet.methods.terms import Term
+from mimlet.methods.terms import Term, common_order
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import Linear
 from mimlet.models.parts import init_mae
 from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT
 
 
 class Alignment(Term):
@@ -23,24 +23,31 @@ class Alignment(Term):
     linear layer first; the class token takes part where both have one.
 
     Layers count block outputs, 0 being the embedding; by default both at three quarters of the depth: blocks 9 of 12
-    and 18 of 24.
+    and 18 of 24. Their tokens have to stand on one grid; their order does not matter.
     """
 
-    def __init__(self, settings: TermSettings, encoder: ViT, teacher: Teacher, *, masked: bool) -> None:
+    student_order: Tensor | None
+    teacher_order: Tensor | None
+
+    def __init__(self, settings: TermSettings, encoder: Encoder, teacher: Teacher, *, masked: bool) -> None:
         super().__init__(settings, encoder, teacher, masked=masked)
         assert isinstance(settings, AlignmentSettings)
         self.student_layer = _layer("student", settings.student_layer, encoder.depth)
         self.teacher_layer = _layer("teacher", settings.teacher_layer, teacher.depth)
+        orders = common_order("alignment", encoder, teacher, (self.student_layer, self.teacher_layer), masked=masked)
+        for side, order in zip(("student", "teacher"), orders, strict=True):
+            self.register_buffer(f"{side}_order", order, persistent=False)
         self.student_taps = Taps(hidden=(self.student_layer,), tokens=False)
         self.teacher_taps = Taps(hidden=(self.teacher_layer,), tokens=False)
         self.normalise = settings.normalise
         self.projection: Linear | None = None
+        ours, theirs = encoder.dims[self.student_layer], teacher.dims[self.teacher_layer]
         if settings.projection:
-            self.projection = Linear(encoder.dim, teacher.dim)
+            self.projection = Linear(ours, theirs)
             init_mae(self.projection)
-        elif encoder.dim != teacher.dim:
+        elif ours != theirs:
             raise ConfigError(
-                f"alignment: the student is {encoder.dim} wide, {teacher.source} {teacher.dim}, and without a "
+                f"alignment: the student is {ours} wide, {teacher.source} {theirs}, and without a "
                 "projection the widths have to be equal; set projection=true"
             )
         self.loss_name = f"{settings.label}_alignment" if settings.label else "alignment"
@@ -51,6 +58,8 @@ class Alignment(Term):
         shared = min(student.prefix, teacher.prefix)
         ours = student.hidden[self.student_layer][:, student.prefix - shared :]
         theirs = teacher.hidden[self.teacher_layer][:, teacher.prefix - shared :].float()
+        if self.student_order is not None and self.teacher_order is not None:
+            ours, theirs = ours[:, self.student_order], theirs[:, self.teacher_order]
         ours = (ours if self.projection is None else self.projection(ours)).float()
         if self.normalise:
             ours, theirs = F.normalize(ours, dim=-1), F.normalize(theirs, dim=-1)

@@ -18,7 +18,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import reconstruction_pictures, start_encoder
+from mimlet.methods.mae import reconstruction_pictures, start_vit
 from mimlet.methods.masked import block_masking, draw_, init_beit_, mask_token
 from mimlet.methods.settings import BEiTSettings, BlockMaskSettings
 from mimlet.methods.whole_step import WholeStep
@@ -69,7 +69,7 @@ class BEiT(Method):
         """From a configuration."""
         settings, augment = config.method, config.data.augment
         assert isinstance(settings, BEiTSettings)
-        encoder, report = start_encoder(config, init_beit_)
+        encoder, report = start_vit(config, init_beit_)
         tokenizer = open_tokenizer(settings.tokenizer)
         method = cls(encoder, tokenizer, settings.masking, (augment.mean, augment.std))
         method.load_report = report
@@ -143,7 +143,7 @@ class BEiT(Method):
         decoded = (self.tokenizer.decode(ids.view(-1, *self.encoder.grid)) - self.mean) / self.std
         decoded = F.interpolate(decoded, images.shape[-2:], mode="bicubic", antialias=True)
         patch = self.encoder.patch
-        return reconstruction_pictures(patchify(decoded, patch), batch, patch, normalise=False)
+        return reconstruction_pictures(patchify(decoded, patch), batch.images, batch.mask, patch, normalise=False)
 
 
 @dataclass(frozen=True)

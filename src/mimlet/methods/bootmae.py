@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mimlet.data.batch import Batch
 from mimlet.data.masks import BlockMasking, Mask, MaskSampler
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_vit
 from mimlet.methods.masked import block_masking
 from mimlet.methods.settings import BootMAESettings, DecoderSettings
 from mimlet.models.cross import CrossDecoder, PatchPixels
@@ -78,7 +78,7 @@ class BootMAE(Method):
         """From a configuration."""
         settings = config.method
         assert isinstance(settings, BootMAESettings)
-        encoder, report = start_encoder(config, ViT.init_moco_)
+        encoder, report = start_vit(config, ViT.init_moco_)
         method = cls(
             encoder,
             pixel_decoder(encoder, settings.decoder),
@@ -124,7 +124,7 @@ class BootMAE(Method):
         seen = self._encode(batch)
         prediction = self.decoder(seen.latent, seen.hidden[1], batch.mask).float()
         pixels = denormalise_channels(prediction, patchify(batch.images, self.encoder.patch))
-        return reconstruction_pictures(pixels, batch, self.encoder.patch, normalise=False)
+        return reconstruction_pictures(pixels, batch.images, batch.mask, self.encoder.patch, normalise=False)
 
     def _encode(self, batch: Batch) -> Features:
         """The final tokens of the visible patches, and both contexts."""

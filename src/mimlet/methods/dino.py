@@ -19,7 +19,7 @@ from mimlet.data.views import View, Views, blur_range, refuse_other_augmentation
 from mimlet.errors import ConfigError
 from mimlet.methods.attended import ATTENTION, attention_pictures
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import start_encoder
+from mimlet.methods.mae import start_vit
 from mimlet.methods.settings import DINOSettings
 from mimlet.models.linear import Linear, linear
 from mimlet.models.vit import ViT
@@ -64,7 +64,7 @@ class DINO(Method):
         settings = config.method
         assert isinstance(settings, DINOSettings)
         fixed = config.encoder.position == "sincos"
-        student, report = start_encoder(config, None if fixed else ViT.init_classifier_)
+        student, report = start_vit(config, None if fixed else ViT.init_classifier_)
         method = cls(student, settings)
         method.load_report = report
         return method

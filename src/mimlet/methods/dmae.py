@@ -20,8 +20,9 @@ from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.mae import RECONSTRUCTION, build_decoder, reconstruction_pictures, start_encoder
 from mimlet.methods.settings import DMAESettings
-from mimlet.methods.terms import Terms, make_terms
-from mimlet.models.decoders import Decoder
+from mimlet.methods.terms import Terms, common_order, make_terms
+from mimlet.models.decoders import Decoder, Latent, decoder_input, decoder_taps
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import Linear, linear
 from mimlet.models.parts import NORM_EPS, attention_logits, init_mae
@@ -73,13 +74,13 @@ class DMAE(Method):
     Layer pairs are (student block, teacher block); `hidden` pairs number block outputs, 0 being the embedding.
     """
 
-    encoder: ViT
+    encoder: Encoder
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     picture_caption = RECONSTRUCTION
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: Encoder,
         decoder: Decoder | None,
         teacher: Teacher,
         *,
@@ -101,15 +102,18 @@ class DMAE(Method):
         self.mask_ratio = mask_ratio
         self.normalise = normalise
         self.decode_layer = decode_layer or encoder.depth
+        early = self.decode_layer < encoder.depth
         self.attention_pairs, self.hidden_pairs = tuple(attention), tuple(hidden)
         self.extra = AttentionOnly(encoder.dim, encoder.heads) if extra_block else None
         self.terms = terms or Terms([])
         self._check()
         # Conv2d's default initialisation of a 1x1 convolution over heads, which is nn.Linear's.
         self.head_maps = nn.ModuleList(
-            nn.Linear(encoder.heads, teacher.heads, bias=False) for _ in self.attention_pairs
+            nn.Linear(encoder.heads_of(s), teacher.heads_in(t), bias=False) for s, t in self.attention_pairs
         )
-        self.feature_maps = nn.ModuleList(nn.Linear(encoder.dim, teacher.dim, bias=False) for _ in self.hidden_pairs)
+        self.feature_maps = nn.ModuleList(
+            nn.Linear(encoder.dims[s], teacher.dims[t], bias=False) for s, t in self.hidden_pairs
+        )
         self.weights = dict(self.terms.weights)
         if decoder is not None:
             self.weights["reconstruction"] = 1.0
@@ -121,16 +125,17 @@ class DMAE(Method):
         in_extra = encoder.depth + 1
         self.student_taps = Taps(
             hidden=tuple(
-                sorted({self.decode_layer} if decoder and decode_layer else set())
-                + ([encoder.depth] if self.extra else [])
+                sorted({self.decode_layer} if decoder and early else set()) + ([encoder.depth] if self.extra else [])
             ),
             normed=tuple(s for s, _ in self.hidden_pairs),
             attention=tuple(s for s, _ in self.attention_pairs if s != in_extra),
-            tokens=decoder is not None and not decode_layer,
+            tokens=False,
         )
+        if decoder is not None and not early:
+            self.student_taps |= decoder_taps(encoder)
         self.student_taps |= self.terms.student_taps
         in_use = self.student_taps.tokens or encoder.depth in (*self.student_taps.hidden, *self.student_taps.normed)
-        if decoder is not None and not in_use and self.decode_layer < encoder.depth:
+        if decoder is not None and not in_use and early:
             warnings.warn(
                 f"the decoder reads block {self.decode_layer} and no extra block follows block {encoder.depth}: its "
                 "value, output and MLP weights get no gradient and stay as initialised (the paper's literal form; the "
@@ -172,7 +177,7 @@ class DMAE(Method):
         return method
 
     def masks(self) -> dict[str, MaskSampler]:
-        """One random mask over patches, for student and teacher."""
+        """One random mask over the encoder's units, for student and teacher."""
         return {"mask": RandomMasking(self.encoder.units, self.mask_ratio), **self.terms.masks()}
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
@@ -183,9 +188,10 @@ class DMAE(Method):
         teacher = self.teacher(batch.images, batch.mask, taps=self.teacher_taps)
         losses = {}
         if self.decoder is not None:
-            prediction = self.decoder(self._decoder_input(student), batch.mask, hidden_only=True)
+            mask = self.encoder.patch_mask(batch.mask)
+            prediction = self.decoder(self._decoder_input(student), mask, hidden_only=True)
             losses["reconstruction"] = masked_pixel_loss(
-                prediction, batch.images, self.encoder.patch, batch.mask.ids_hidden, self.normalise
+                prediction, batch.images, self.encoder.patch, mask.ids_hidden, self.normalise
             )
         if self.attention_pairs:
             distances = [
@@ -205,14 +211,17 @@ class DMAE(Method):
         """original, visible and reconstruction, each [B,3,H,W]; nothing without a decoder."""
         if self.decoder is None:
             return {}
-        taps = Taps(hidden=(self.decode_layer,), tokens=False)
-        latent = self.encoder.norm(self.encoder(batch.images, batch.mask, taps=taps).hidden[self.decode_layer])
-        return reconstruction_pictures(self.decoder(latent, batch.mask), batch, self.encoder.patch, self.normalise)
+        features = self.encoder(batch.images, batch.mask, taps=self.student_taps)
+        mask = self.encoder.patch_mask(batch.mask)
+        prediction = self.decoder(self._decoder_input(features), mask)
+        return reconstruction_pictures(prediction, batch.images, mask, self.encoder.patch, self.normalise)
 
-    def _decoder_input(self, student: Features) -> Tensor:
-        """The final norm of the decoded layer, [B,P+V,D]."""
-        if self.decode_layer not in student.hidden:
-            return student.latent
+    def _decoder_input(self, student: Features) -> Latent:
+        """What the encoder's decoder reads; with `decode_layer` below the last block its output after the final norm,
+        [B,P+V,D].
+        """
+        if self.decode_layer == self.encoder.depth:
+            return decoder_input(self.encoder, student)
         normed: Tensor = self.encoder.norm(student.hidden[self.decode_layer])
         return normed
 
@@ -236,6 +245,13 @@ class DMAE(Method):
                         f"method.{kind}_layers: no pair ({s}, {t}); the student has layers {first} to {most}, "
                         f"the teacher {first} to {teacher_depth}"
                     )
+            for s, t in pairs:
+                common_order(f"method.{kind}_layers", self.encoder, self.teacher, (min(s, depth), t), masked=True)
+        if self.decode_layer < depth and not isinstance(self.encoder, ViT):
+            raise ConfigError(
+                f"method.decode_layer is for plain ViTs; the decoder of {self.encoder.family} reads several stages "
+                "(for a Hiera, encoder.fuse=without_last leaves out the last one, which is distilled)"
+            )
         if not 1 <= self.decode_layer <= depth:
             raise ConfigError(
                 f"method.decode_layer {self.decode_layer} is not a block of the student, which has 1 to {depth}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler, RandomMasking
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import RECONSTRUCTION, build_decoder, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, build_decoder, reconstruction_pictures, start_vit
 from mimlet.methods.settings import DMAEFeaturesSettings
 from mimlet.methods.terms import Terms, make_terms
 from mimlet.models.decoders import Decoder
@@ -55,7 +55,7 @@ class DMAEFeatures(Method):
         """From a configuration."""
         settings = config.method
         assert isinstance(settings, DMAEFeaturesSettings)
-        encoder, report = start_encoder(config)
+        encoder, report = start_vit(config)
         teacher = (teachers or Teachers()).find(config, encoder, masked=True)
         terms = make_terms([settings.alignment, *settings.terms], encoder, teacher, masked=True)
         method = cls(
@@ -84,4 +84,6 @@ class DMAEFeatures(Method):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """original, visible and reconstruction, each [B,3,H,W]."""
         latent = self.encoder(batch.images, batch.mask).latent
-        return reconstruction_pictures(self.decoder(latent, batch.mask), batch, self.encoder.patch, self.normalise)
+        return reconstruction_pictures(
+            self.decoder(latent, batch.mask), batch.images, batch.mask, self.encoder.patch, self.normalise
+        )

@@ -19,11 +19,11 @@ from mimlet.data.masks import Mask, MaskSampler, RandomMasking
 from mimlet.errors import ConfigError
 from mimlet.methods.settings import DualViewSettings, TermSettings
 from mimlet.methods.terms import Term
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import Linear
 from mimlet.models.parts import init_mae
-from mimlet.models.teacher import Teacher
-from mimlet.models.vit import ViT
+from mimlet.models.teacher import Teacher, class_token_advice
 from mimlet.objectives.reconstruct import denormalise_patches, masked_pixel_loss, patchify, unpatchify
 
 
@@ -38,7 +38,7 @@ class DualView(Term):
 
     student_taps = Taps()
 
-    def __init__(self, settings: TermSettings, encoder: ViT, teacher: Teacher, *, masked: bool) -> None:
+    def __init__(self, settings: TermSettings, encoder: Encoder, teacher: Teacher, *, masked: bool) -> None:
         super().__init__(settings, encoder, teacher, masked=masked)
         assert isinstance(settings, DualViewSettings)
         _check(encoder, teacher, masked)
@@ -51,6 +51,7 @@ class DualView(Term):
             )
         self.normalise = pixels == "normalised"
         self.views, self.grid, self.prefix, self.patch = settings.views, encoder.grid, encoder.prefix, teacher.patch
+        self.patch_mask = encoder.patch_mask
         # Methods of the teacher, not the teacher: a module held here would be trained and saved with the term.
         self.decode, self.inputs, self.outputs = teacher.decode, teacher.inputs, teacher.outputs
         self.adapter = Linear(encoder.dim, teacher.dim)
@@ -71,7 +72,7 @@ class DualView(Term):
         """{dual_view}: the mean over patches and pixels. Reads the student's final tokens and the view `image`, which
         is the target even where the student saw another.
         """
-        mask = batch.masks[self.mask_name]
+        mask = self.patch_mask(batch.masks[self.mask_name])
         prediction, target = self.predict(student, mask), self.inputs(batch.images)
         loss = masked_pixel_loss(prediction, target, self.patch, self.predicted(mask), self.normalise)
         return {self.loss_name: loss}
@@ -107,7 +108,7 @@ class DualView(Term):
         """original, visible (what the first view shows) and reconstruction (each patch from the view that hides it), in
         the student's normalisation.
         """
-        mask, images = batch.masks[self.mask_name], self.inputs(batch.images)
+        mask, images = self.patch_mask(batch.masks[self.mask_name]), self.inputs(batch.images)
         ids, target = self.predicted(mask), patchify(images, self.patch)
         prediction = self.predict(student, mask).float()
         if self.normalise:
@@ -129,7 +130,7 @@ def side_by_side(views: list[Mask]) -> Mask:
     return Mask(hidden, ids_keep, ids_restore)
 
 
-def _check(encoder: ViT, teacher: Teacher, masked: bool) -> None:
+def _check(encoder: Encoder, teacher: Teacher, masked: bool) -> None:
     """Raises `ConfigError` where a student cannot be decoded by a teacher."""
     if masked:
         raise ConfigError(
@@ -139,6 +140,12 @@ def _check(encoder: ViT, teacher: Teacher, masked: bool) -> None:
     decoder = teacher.decoder
     if decoder is None:
         raise ConfigError(f"{teacher.source} brings no decoder, and dual_view teaches through the teacher's decoder")
+    if isinstance(teacher.encoder, Encoder) and teacher.encoder.decodes != "tokens":
+        raise ConfigError(
+            f"dual_view: the decoder of {teacher.source} reads {teacher.encoder.decodes} of {teacher.encoder.family}, "
+            "and the student gives it tokens; take the MAE of a plain ViT or of a Hiera as teacher, or "
+            "method.reconstruct=false"
+        )
     if decoder.grid != encoder.grid:
         theirs, ours = (f"{rows} x {columns}" for rows, columns in (decoder.grid, encoder.grid))
         raise ConfigError(
@@ -149,5 +156,5 @@ def _check(encoder: ViT, teacher: Teacher, masked: bool) -> None:
         has, student = ("a", "none") if decoder.prefix else ("no", "one")
         raise ConfigError(
             f"dual_view: the decoder of {teacher.source} has {has} class token, the student {student}; "
-            f"set encoder.class_token={str(bool(decoder.prefix)).lower()}"
+            + class_token_advice(encoder, decoder.prefix)
         )

@@ -12,7 +12,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask, MaskSampler, RandomMasking
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import build_decoder, start_encoder
+from mimlet.methods.mae import build_decoder, start_vit
 from mimlet.methods.settings import G2SDSettings
 from mimlet.methods.terms import Terms, make_terms
 from mimlet.models.decoders import Decoder
@@ -97,7 +97,7 @@ class G2SD(Method):
         settings = config.method
         assert isinstance(settings, G2SDSettings)
         decodes = settings.target in DECODES
-        encoder, report = start_encoder(config)
+        encoder, report = start_vit(config)
         teacher = (teachers or Teachers()).find(config, encoder, decoder=decodes, masked=True)
         terms = list(settings.terms)
         if settings.target == "relations":

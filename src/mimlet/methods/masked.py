@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mimlet.data.masks import BlockMasking
 from mimlet.methods.settings import BlockMaskSettings
-from mimlet.models.parts import Block
+from mimlet.models.parts import Block, Mlp
 from mimlet.models.vit import ViT
 
 STD = 0.02
@@ -61,5 +61,6 @@ def init_beit_(encoder: ViT) -> None:
     nn.init.zeros_(encoder.patch_embed.proj.bias)
     for i, block in enumerate(encoder.blocks, 1):
         assert isinstance(block, Block)
+        assert isinstance(block.mlp, Mlp)
         block.attn.proj.weight.div_((2 * i) ** 0.5)
         block.mlp.fc2.weight.div_((2 * i) ** 0.5)

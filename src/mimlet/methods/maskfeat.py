@@ -14,7 +14,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_vit
 from mimlet.methods.masked import block_masking, draw_, init_truncated_, mask_token
 from mimlet.methods.settings import HOGSettings, MaskFeatSettings
 from mimlet.methods.whole_step import WholeStep
@@ -68,7 +68,7 @@ class MaskFeat(Method):
         """From a configuration; a teacher is looked for only if it is the target."""
         settings = config.method
         assert isinstance(settings, MaskFeatSettings)
-        encoder, report = start_encoder(config, init_maskfeat_)
+        encoder, report = start_vit(config, init_maskfeat_)
         teacher = (teachers or Teachers()).find(config, encoder) if settings.target == "teacher" else None
         method = cls(encoder, settings, teacher)
         method.load_report = report
@@ -127,7 +127,7 @@ class MaskFeat(Method):
             return {}
         prediction, patch = self.predict(batch).float(), self.encoder.patch
         if self.target != "hog":
-            return reconstruction_pictures(prediction, batch, patch, self.target == "normalised")
+            return reconstruction_pictures(prediction, batch.images, batch.mask, patch, self.target == "normalised")
         rows, columns = (length // patch for length in batch.images.shape[-2:])
         drawn = strokes(prediction, (rows, columns), self.hog.bins, max(CELL, self.hog.cell))
         enlarge = partial(F.interpolate, size=drawn.shape[-2:], mode="nearest")

@@ -16,9 +16,9 @@ from mimlet.methods.mae import RECONSTRUCTION, start_encoder
 from mimlet.methods.relations import Relations
 from mimlet.methods.settings import MIMHDSettings
 from mimlet.methods.terms import Terms, make_terms
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Taps
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT
 from mimlet.models.weights import LoadReport
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ class MIMHD(Method):
     alone is jittered, as in TinyMIM, and the crop as it is stays the target.
     """
 
-    encoder: ViT
+    encoder: Encoder
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     picture_caption = f"{RECONSTRUCTION} With two views, each patch is from the one that hides it."
 
     def __init__(
         self,
-        encoder: ViT,
+        encoder: Encoder,
         teacher: Teacher,
         relations: Relations,
         dual_view: DualView | None = None,
@@ -52,7 +52,7 @@ class MIMHD(Method):
         self.terms = Terms([relations, *([dual_view] if dual_view else []), *(terms or ())])
         self.load_report: LoadReport | None = None
         self.weights = self.terms.weights
-        if relations.student_heads != encoder.heads:
+        if relations.student_heads != encoder.heads_of(relations.student_layer):
             self.info = {"heads_of": {relations.student_layer: relations.student_heads}}
 
     @classmethod

@@ -17,7 +17,7 @@ from mimlet.data.views import View, Views, blur_range, refuse_other_augmentation
 from mimlet.errors import ConfigError
 from mimlet.methods.attended import ATTENTION, attention_pictures
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import start_encoder
+from mimlet.methods.mae import start_vit
 from mimlet.methods.settings import MoCoV3Settings
 from mimlet.models.linear import Linear
 from mimlet.models.norm import GlobalBatchNorm
@@ -87,7 +87,7 @@ class MoCoV3(Method):
                 "which pieces cannot do; set it to 1, and use more devices (they put their images together) or a "
                 "smaller schedule.batch"
             )
-        encoder, report = start_encoder(config, init_moco)
+        encoder, report = start_vit(config, init_moco)
         method = cls(
             encoder,
             settings.temperature,

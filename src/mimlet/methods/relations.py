@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError
 from mimlet.methods.settings import AdaptiveSettings, RelationSettings
-from mimlet.methods.terms import Term
+from mimlet.methods.terms import Term, common_order
 from mimlet.models.features import Features, Taps
 from mimlet.objectives.attention import logit_distance
 from mimlet.objectives.relations import (
@@ -36,8 +36,8 @@ from mimlet.objectives.relations import (
 
 if TYPE_CHECKING:
     from mimlet.methods.settings import Pair, TermSettings
+    from mimlet.models.encoder import Encoder
     from mimlet.models.teacher import Teacher
-    from mimlet.models.vit import ViT
 
 
 class HeadMatching(nn.Module):
@@ -80,25 +80,39 @@ class Relations(Term):
 
     The class token takes part if both sides have one and `class_token` says so; else its row is left out of q, k and v
     before the softmax, as a distillation token's always is. No gradient reaches the teacher's side.
+
+    Layers are by default the last that attend. Tokens have to stand on one grid; their order does not matter.
     """
 
-    def __init__(self, settings: TermSettings, encoder: ViT, teacher: Teacher, *, masked: bool) -> None:
+    student_order: Tensor | None
+    teacher_order: Tensor | None
+
+    def __init__(self, settings: TermSettings, encoder: Encoder, teacher: Teacher, *, masked: bool) -> None:
         super().__init__(settings, encoder, teacher, masked=masked)
         assert isinstance(settings, RelationSettings)
         self.settings = settings
         self.pairs: list[Pair] = list(dict.fromkeys(settings.pairs))
         self.label = f"{settings.label}_" if settings.label else ""
-        self.student_layer = settings.student_layer or encoder.depth
-        self.teacher_layer = settings.teacher_layer or teacher.depth
-        for side, layer, depth in (
-            ("student", self.student_layer, encoder.depth),
-            ("teacher", self.teacher_layer, teacher.depth),
+        self.student_layer = settings.student_layer or max(encoder.attending, default=encoder.depth)
+        self.teacher_layer = settings.teacher_layer or max(teacher.attending, default=teacher.depth)
+        for side, layer, depth, attending in (
+            ("student", self.student_layer, encoder.depth, encoder.attending),
+            ("teacher", self.teacher_layer, teacher.depth, teacher.attending),
         ):
             if layer > depth:
                 raise ConfigError(
                     f"relations: {side}_layer {layer} is not a block of the {side}, which has 1 to {depth}"
                 )
-        self.student_heads, self.teacher_heads = encoder.heads, teacher.heads_of(self.teacher_layer)
+            if layer not in attending:
+                raise ConfigError(
+                    f"relations: {side}_layer {layer} does not attend to the whole image; blocks of the {side} that "
+                    f"do: {', '.join(map(str, attending)) or 'none'}"
+                )
+        orders = common_order("relations", encoder, teacher, (self.student_layer, self.teacher_layer), masked=masked)
+        for side, order in zip(("student", "teacher"), orders, strict=True):
+            self.register_buffer(f"{side}_order", order, persistent=False)
+        self.student_heads = encoder.heads_of(self.student_layer)
+        self.teacher_heads = teacher.heads_of(self.teacher_layer)
         if settings.heads == "adaptive_block":
             self.student_heads = self.teacher_heads
         elif settings.heads == "regroup":
@@ -121,17 +135,19 @@ class Relations(Term):
 
     def forward(self, student: Features, teacher: Features, batch: Batch) -> dict[str, Tensor]:
         """The losses and what is watched, by name."""
-        ours = self._tokens(student, self.student_layer, self.student_heads)
-        theirs = self._tokens(teacher, self.teacher_layer, self.teacher_heads)
+        ours = self._tokens(student, self.student_layer, self.student_heads, self.student_order)
+        theirs = self._tokens(teacher, self.teacher_layer, self.teacher_heads, self.teacher_order)
         theirs = (theirs[0].detach(), theirs[1].detach(), theirs[2].detach())
         answers: dict[str, Tensor] = {}
         for pair in self.pairs:
             answers |= {f"{self.label}{name}": value for name, value in self._compare(ours, theirs, pair).items()}
         return answers
 
-    def _tokens(self, features: Features, layer: int, heads: int) -> QKV:
+    def _tokens(self, features: Features, layer: int, heads: int, order: Tensor | None) -> QKV:
         """Regrouped, and of the prefix only the class token, if it takes part."""
         q, k, v = features.trimmed(int(self.class_token)).qkv[layer]
+        if order is not None:
+            q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
         return (q, k, v) if q.shape[1] == heads else (regroup(q, heads), regroup(k, heads), regroup(v, heads))
 
     def _compare(self, ours: QKV, theirs: QKV, pair: Pair) -> dict[str, Tensor]:
@@ -164,25 +180,25 @@ class Relations(Term):
             answers[f"head_share_{pair}_{number:02d}"] = share
         return answers
 
-    def _check(self, encoder: ViT, teacher: Teacher) -> None:
+    def _check(self, encoder: Encoder, teacher: Teacher) -> None:
         settings, number = self.settings, self.settings.significant_head
-        if settings.heads == "adaptive_block" and encoder.dim % self.teacher_heads:
+        ours, theirs = encoder.dims[self.student_layer], teacher.dims[self.teacher_layer]
+        if settings.heads == "adaptive_block" and ours % self.teacher_heads:
             raise ConfigError(
-                f"relations: the student's width {encoder.dim} does not split into the {self.teacher_heads} heads of "
+                f"relations: the student's width {ours} does not split into the {self.teacher_heads} heads of "
                 f"the teacher's block {self.teacher_layer}, as heads='adaptive_block' needs; use another heads, such "
                 f"as 'adaptive', or an encoder.dim divisible by {self.teacher_heads}"
             )
         if settings.heads == "regroup":
             if not settings.relation_heads:
                 raise ConfigError(
-                    f"relations: heads='regroup' needs relation_heads, a divisor of both widths ({encoder.dim} and "
-                    f"{teacher.dim})"
+                    f"relations: heads='regroup' needs relation_heads, a divisor of both widths ({ours} and {theirs})"
                 )
-            for side, width in (("student", encoder.dim), ("teacher", teacher.dim)):
+            for side, width in (("student", ours), ("teacher", theirs)):
                 if width % settings.relation_heads:
                     raise ConfigError(
                         f"relations: the {side}'s width {width} does not split into {settings.relation_heads} "
-                        f"relation_heads; give a divisor of both widths ({encoder.dim} and {teacher.dim})"
+                        f"relation_heads; give a divisor of both widths ({ours} and {theirs})"
                     )
         if settings.heads == "significant" and not 1 <= number <= self.teacher_heads:
             what = f"no significant_head {number}" if number else "heads='significant' needs significant_head"

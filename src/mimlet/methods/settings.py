@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 class DecoderSettings(Section):
     """A decoder over patches. MAE-lite's default for ViT-Tiny: one block, half the width, three heads (0 = derive
-    from the encoder).
+    from the encoder). `position`: a fixed sin-cos table, or a learned one (Hiera).
     """
 
     depth: int = Field(1, ge=0)
     dim: int = Field(0, ge=0, description="0: half of the encoder's width")
     heads: int = Field(3, ge=1)
+    position: Literal["sincos", "learned"] = "sincos"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -343,6 +344,55 @@ class MoCoV3Settings(Section):
     fixed_patches: bool = Field(False, description="patch projection stays random (the original ViT recipe)")
 
 
+class MaskedFeatureSettings(Section):
+    """iTPN's masked feature modelling (the paper's equation 4; its code was never published): linear maps of the
+    pyramid's levels predict the stages of a moving average of the encoder.
+    """
+
+    weight: float = Field(0.3, ge=0, description="0: off, and no second encoder")
+    momentum: float = Field(0.996, ge=0, lt=1, description="of the moving average, after every step")
+    input: Literal["visible", "full"] = Field(
+        "visible", description="what the averaged encoder sees; full: whole images (visible patches are compared)"
+    )
+    target_norm: bool = Field(False, description="layer norm without weights on the targets")
+
+
+class ITPNSettings(Section):
+    """iTPN (Tian et al. 2023) on pixels: MAE on an encoder with a feature pyramid, and masked feature modelling."""
+
+    name: Literal["itpn"] = "itpn"
+    mask_ratio: float = 0.75
+    target: Literal["normalised", "raw"] = "normalised"
+    decoder: DecoderSettings = DecoderSettings()
+    features: MaskedFeatureSettings = MaskedFeatureSettings()
+
+
+class ITPNClipSettings(Section):
+    """iTPN and Fast-iTPN with a frozen teacher, such as CLIP's images: hidden patches are filled, and the pyramid's
+    levels together predict the teacher's patch tokens.
+
+    `form` leak_free: hidden patches are filled before stage 1 (Fast-iTPN). compat: after the second merge, as iTPN's
+    released code does, whose pyramid still sees the hidden pixels; there `supervise` auto is all patches, else the
+    hidden ones.
+    """
+
+    name: Literal["itpn_clip"] = "itpn_clip"
+    form: Literal["leak_free", "compat"] = "leak_free"
+    masking: BlockMaskSettings = BlockMaskSettings()
+    loss: Literal["smooth_l1", "cosine"] = Field("smooth_l1", description="cosine: minus its mean (Fast-iTPN)")
+    supervise: Literal["auto", "masked", "all"] = "auto"
+    auxiliary: bool = Field(
+        False, description="a second prediction, from three quarters of stage 3 on (iTPN's released code)"
+    )
+    target_projection: bool = Field(
+        True, description="targets in the space that a CLIP's images share with its texts, where the teacher has one"
+    )
+    target_norm: bool = Field(True, description="layer norm without weights on the targets (Fast-iTPN: false)")
+    patch_gradient: float = Field(
+        1.0, gt=0, le=1, description="factor on the gradient of the patch embedding (Fast-iTPN: 0.1)"
+    )
+
+
 class LabelDistillation(Section):
     """Distillation from a classifier (the section `teacher` names it).
 
@@ -396,6 +446,8 @@ MethodSettings = (
     | BootMAESettings
     | DINOSettings
     | MoCoV3Settings
+    | ITPNSettings
+    | ITPNClipSettings
     | ClassifySettings
     | LinearProbeSettings
 )
@@ -437,6 +489,8 @@ METHODS: dict[str, Entry] = {
     "bootmae": Entry(BootMAESettings, "mimlet.methods.bootmae:BootMAE"),
     "dino": Entry(DINOSettings, "mimlet.methods.dino:DINO"),
     "mocov3": Entry(MoCoV3Settings, "mimlet.methods.mocov3:MoCoV3"),
+    "itpn": Entry(ITPNSettings, "mimlet.methods.itpn:ITPN"),
+    "itpn_clip": Entry(ITPNClipSettings, "mimlet.methods.itpn_clip:ITPNClip", teacher=True),
     "classify": Entry(ClassifySettings, "mimlet.tasks.classify:Classify", labels=True),
     "linear_probe": Entry(LinearProbeSettings, "mimlet.tasks.probe:LinearProbe", labels=True),
 }

@@ -10,7 +10,7 @@ from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler, UnitMasking
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
-from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_encoder
+from mimlet.methods.mae import RECONSTRUCTION, reconstruction_pictures, start_vit
 from mimlet.methods.masked import init_beit_, mask_token
 from mimlet.methods.settings import SimMIMSettings
 from mimlet.models.linear import Linear
@@ -43,7 +43,7 @@ class SimMIM(Method):
         """From a configuration."""
         settings = config.method
         assert isinstance(settings, SimMIMSettings)
-        encoder, report = start_encoder(config, init_beit_)
+        encoder, report = start_vit(config, init_beit_)
         method = cls(encoder, settings.mask_ratio, settings.mask_px)
         method.load_report = report
         return method
@@ -71,7 +71,7 @@ class SimMIM(Method):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """original, visible and reconstruction, each [B,3,H,W]."""
         prediction = self.pixels(self.encoder(batch.images, batch.mask, self.mask_token).patches)
-        return reconstruction_pictures(prediction, batch, self.encoder.patch, normalise=False)
+        return reconstruction_pictures(prediction, batch.images, batch.mask, self.encoder.patch, normalise=False)
 
 
 def unit_patches(mask_px: int, encoder: ViT) -> int:

@@ -17,6 +17,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from mimlet.data.batch import Batch
@@ -27,8 +28,8 @@ from mimlet.models.features import Features, Taps
 
 if TYPE_CHECKING:
     from mimlet.methods.settings import TermSettings
+    from mimlet.models.encoder import Encoder
     from mimlet.models.teacher import Teacher
-    from mimlet.models.vit import ViT
 
 NOTHING = Taps(tokens=False)
 
@@ -46,7 +47,7 @@ class Term(nn.Module, ABC):
     weights: dict[str, float]
 
     @abstractmethod
-    def __init__(self, settings: TermSettings, encoder: ViT, teacher: Teacher, *, masked: bool) -> None:
+    def __init__(self, settings: TermSettings, encoder: Encoder, teacher: Teacher, *, masked: bool) -> None:
         """`masked`: whether the student sees only a part of the patches. Raises `ConfigError` where the term does not
         fit the encoder, the teacher or the masking.
         """
@@ -93,7 +94,30 @@ class Terms(nn.Module):
         return {name: value for term in self for name, value in term(student, teacher, batch).items()}
 
 
-def make_terms(settings: Sequence[TermSettings], encoder: ViT, teacher: Teacher, *, masked: bool) -> Terms:
+def common_order(
+    kind: str, encoder: Encoder, teacher: Teacher, layers: tuple[int, int], *, masked: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What brings the patch tokens of a student's layer and of a teacher's into one order: an index of either's; None
+    twice where they are in one. Raises `ConfigError` where the layers have different grids of tokens, or, of masked
+    images, different orders.
+    """
+    (ours, student_order), (theirs, teacher_order) = encoder.layout(layers[0]), teacher.layout(layers[1])
+    if ours != theirs:
+        raise ConfigError(
+            f"{kind}: layer {layers[0]} of the student has {ours[0]} x {ours[1]} tokens, layer {layers[1]} of "
+            f"{teacher.source} {theirs[0]} x {theirs[1]}; compare layers with equally many tokens"
+        )
+    if torch.equal(student_order, teacher_order):
+        return None, None
+    if masked:
+        raise ConfigError(
+            f"{kind}: the student and {teacher.source} keep visible tokens in different orders; take a teacher of the "
+            "student's family, or a method that shows whole images (tinymim, mimhd)"
+        )
+    return student_order, teacher_order
+
+
+def make_terms(settings: Sequence[TermSettings], encoder: Encoder, teacher: Teacher, *, masked: bool) -> Terms:
     """The terms that settings describe; see `Term` for the arguments."""
     made = []
     for each in settings:

@@ -15,8 +15,8 @@ from mimlet.methods.mae import start_encoder
 from mimlet.methods.relations import Relations
 from mimlet.methods.settings import TinyMIMSettings
 from mimlet.methods.terms import Terms, make_terms
+from mimlet.models.encoder import Encoder
 from mimlet.models.teacher import Teacher, Teachers
-from mimlet.models.vit import ViT
 from mimlet.models.weights import LoadReport
 
 if TYPE_CHECKING:
@@ -32,17 +32,17 @@ class TinyMIM(Method):
     head count than the student's own, `info` tells a later student (MAE-L -> B -> S -> T is such a chain).
     """
 
-    encoder: ViT
+    encoder: Encoder
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    def __init__(self, encoder: ViT, teacher: Teacher, relations: Relations, terms: Terms | None = None) -> None:
+    def __init__(self, encoder: Encoder, teacher: Teacher, relations: Relations, terms: Terms | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.teacher = teacher
         self.terms = Terms([relations, *(terms or ())])
         self.load_report: LoadReport | None = None
         self.weights = self.terms.weights
-        if relations.student_heads != encoder.heads:
+        if relations.student_heads != encoder.heads_of(relations.student_layer):
             self.info = {"heads_of": {relations.student_layer: relations.student_heads}}
 
     @classmethod

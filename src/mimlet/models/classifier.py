@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mimlet.errors import ConfigError
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.parts import NORM_EPS
-from mimlet.models.vit import ViT
 
 
 class ClassifierHead(nn.Module):
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
     `names`: of the K classes, empty where the file does not tell.
     """
 
-    def __init__(self, encoder: ViT, head: ClassifierHead, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, encoder: Encoder, head: ClassifierHead, names: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.encoder, self.head, self.names = encoder, head, names
 

@@ -22,15 +22,16 @@ class Taps:
     `hidden`: outputs of these blocks (0 = embedding). `normed`: the input of attention in the NEXT block, that is
     norm1 of block i + 1 applied to the output of block i; for the last block the final norm (MAE-lite's eq. 6 and CKA
     use these). `attention`: pre-softmax scaled logits of these blocks. `qkv`: queries, keys and values of these
-    blocks. `levels`: pyramid levels by stride (hierarchical encoders only). `decoded`: outputs of these blocks of the
-    decoder (teachers that carry one). `tokens`: whether the final, normed tokens are wanted; without them the encoder
-    stops at the last block it needs.
+    blocks. `stages`: ends of the stages of a hierarchical encoder, by stride in px; `levels`: levels of its pyramid.
+    `decoded`: outputs of these blocks of the decoder (teachers that carry one). `tokens`: whether the final, normed
+    tokens are wanted; without them the encoder stops at the last block it needs.
     """
 
     hidden: tuple[int, ...] = ()
     normed: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
     qkv: tuple[int, ...] = ()
+    stages: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     decoded: tuple[int, ...] = ()
     tokens: bool = True
@@ -39,7 +40,7 @@ class Taps:
         """What either asks for."""
         numbers = {
             kind: tuple(sorted({*getattr(self, kind), *getattr(other, kind)}))
-            for kind in ("hidden", "normed", "attention", "qkv", "levels", "decoded")
+            for kind in ("hidden", "normed", "attention", "qkv", "stages", "levels", "decoded")
         }
         return Taps(**numbers, tokens=self.tokens or other.tokens)
 
@@ -49,8 +50,10 @@ class Features:
     """The answer to `Taps`: every dictionary is keyed by the numbers that were asked for.
 
     `tokens` [B,T,D] after the final norm; `hidden`, `normed` [B,T,D]; `attention` [B,H,T,T]; `qkv` three of [B,H,T,d];
-    `levels` [B,C,h,w] by stride; `decoded` [B,P+N,D of the decoder], patches in raster order. `prefix` = P; `grid` =
-    (rows, columns) of patches in the whole image.
+    `stages` and `levels` by stride, maps [B,C,h,w] of whole images, or [B,V,t,C], the t tokens inside each visible
+    patch in raster order, where patches were dropped; `decoded` [B,P+N,D of the decoder], patches in raster order.
+    `prefix` = P; `grid` = (rows, columns) of patches in the whole image. A hierarchical encoder's blocks have their own
+    widths, numbers and order of tokens (`models/hiera.py`, `models/hivit.py`); its final tokens are patches as here.
     """
 
     prefix: int
@@ -60,6 +63,7 @@ class Features:
     normed: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    stages: dict[int, Tensor] = field(default_factory=dict)
     levels: dict[int, Tensor] = field(default_factory=dict)
     decoded: dict[int, Tensor] = field(default_factory=dict)
 
@@ -74,9 +78,12 @@ class Features:
         """The final patch tokens without the prefix, [B,V,D]."""
         return self.latent[:, self.prefix :]
 
-    def attended(self, block: int, token: int | None = None) -> Tensor:
+    def attended(
+        self, block: int, token: int | None = None, layout: tuple[tuple[int, int], Tensor] | None = None
+    ) -> Tensor:
         """Share of a token's attention in `block` that each patch receives, per head: [B,H,rows,columns], of whole
-        images; asked for by `Taps.attention`.
+        images; asked for by `Taps.attention`. `layout`: of the block's tokens (`Encoder.layout`), where it is not that
+        of the patches.
 
         The token is the class token, or number `token` (prefix tokens count); without either, the mean over all
         patches. As in DINO's pictures (Caron et al. 2021) the softmax is over all keys, and the prefix's share is left
@@ -86,7 +93,8 @@ class Features:
         if token is not None or self.prefix:
             logits = logits[:, :, token or 0, None]
         shares = logits.softmax(dim=-1).mean(dim=2)[..., self.prefix :]
-        return shares.reshape(*shares.shape[:2], *self.grid)
+        grid, order = layout or (self.grid, slice(None))
+        return shares[..., order].reshape(*shares.shape[:2], *grid)
 
     def trimmed(self, prefix: int) -> Features:
         """The same with the first `prefix` of the prefix tokens only: without distillation and register tokens."""
@@ -111,6 +119,7 @@ class Features:
             normed=normed,
             attention=attention,
             qkv=qkv,
+            stages=self.stages,
             levels=self.levels,
             decoded=decoded,
         )

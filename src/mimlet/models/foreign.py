@@ -46,6 +46,7 @@ OTHER_TOKENS = ("dist_token", "distillation_token", "reg_token", "register_token
 FINAL_NORMS = ("norm", "layernorm", "post_layernorm")
 FIRST_NORMS = ("norm1", "layernorm_before", "layer_norm1")
 POOLING_PARTS = ("pooler.", "head.")
+PROJECTION = "visual_projection"
 REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What models raise on an input that they are not made for."""
 
@@ -147,7 +148,8 @@ class ForeignEncoder(nn.Module):
     answer [B,T,D], T being a square number of patches behind class, distillation and register tokens. Answers hold the
     class token (`prefix` 1; 0 without) and the patches in raster order; the other tokens are left out, of q, k and v
     too. `attention` has its relative bias in it. `heads` is 1 where no attention can be seen. `mean`, `std`: how its
-    input is normalised.
+    input is normalised. `projection`: the linear map of final tokens to the space that a CLIP's images share with its
+    texts; it is kept for who asks for it.
 
     Raises `WeightsError` for models that are not like that.
     """
@@ -162,10 +164,11 @@ class ForeignEncoder(nn.Module):
         *,
         mean: Channels = IMAGENET_MEAN,
         std: Channels = IMAGENET_STD,
+        projection: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.model, self.size, self.source = model.eval(), size, source
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.projection = mean, std, projection
         self.takes = set(inspect.signature(model.forward).parameters)
         self.options: dict[str, bool] = {}
         tokens = [(name.rpartition(".")[2], value) for name, value in model.named_parameters()]
@@ -374,8 +377,8 @@ def _from_timm(model: nn.Module, source: str) -> Checkpoint | Foreign:
     except WeightsError:
         config: Any = model.pretrained_cfg
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        own = {"mean": triple(config["mean"]), "std": triple(config["std"])}
-        encoder = ForeignEncoder(model, _square(size, source), source, **own)
+        mean, std = triple(config["mean"]), triple(config["std"])
+        encoder = ForeignEncoder(model, _square(size, source), source, mean=mean, std=std)
     return Foreign(encoder, LoadReport(source, [*model.state_dict()]))
 
 
@@ -395,10 +398,12 @@ def _from_transformers(name: str, source: str) -> Foreign:
         from transformers.models.auto.image_processing_auto import get_image_processor_config
     except ImportError:
         raise ConfigError(f"{source} needs the package transformers: pip install 'mimlet[transformers]'") from None
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
     try:
-        model, info = transformers.AutoModel.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        model, info = transformers.AutoModel.from_pretrained(name, **options)
+        if f"{PROJECTION}.weight" in info["unexpected_keys"]:
+            half: Any = transformers.CLIPVisionModelWithProjection
+            model, info = half.from_pretrained(name, **options)
         inputs = get_image_processor_config(name)
     except (*REFUSALS, OSError, SafetensorError) as error:
         raise WeightsError(
@@ -413,14 +418,16 @@ def _from_transformers(name: str, source: str) -> Foreign:
         raise WeightsError(f"{source} lacks {missing[0]}; a partly random teacher is never used")
     if hasattr(getattr(tower, "embeddings", None), "random_masking"):
         tower.embeddings.random_masking = _nothing_hidden
-    report = LoadReport(source, [*tower.state_dict()])
+    known = f"{PROJECTION}.weight" not in info["missing_keys"]
+    projection = getattr(model, PROJECTION, None) if known else None
+    report = LoadReport(source, [*tower.state_dict(), *([f"{PROJECTION}.weight"] if projection else [])])
     report.skipped = dict.fromkeys(sorted(info["unexpected_keys"]), "not of the bare model")
     report.skipped |= dict.fromkeys(
-        (key for key in model.state_dict() if not key.startswith(place)), "not of the images"
+        (key for key in model.state_dict() if not key.startswith((place, PROJECTION))), "not of the images"
     )
     mean, std = _normalisation(inputs, tower.config.model_type, report)
     size = _square(getattr(tower.config, "image_size", None) or 224, source)
-    return Foreign(ForeignEncoder(tower, size, source, mean=mean, std=std), report)
+    return Foreign(ForeignEncoder(tower, size, source, mean=mean, std=std, projection=projection), report)
 
 
 def _normalisation(inputs: Mapping[str, Any], kind: str, report: LoadReport) -> Normalisation:

@@ -28,13 +28,23 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
-    """Resizes a table [1, P + N, D] to another grid: bicubic, align_corners false; the prefix rows stay."""
-    if old == new:
+def resize_positions(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, offset: float = 0.0
+) -> Tensor:
+    """Resizes a table [1, P + N, D] to another grid: bicubic, align_corners false; the prefix rows stay.
+
+    With an `offset`, places are read (old side) / (new side + offset) apart, also where the grids are the same: DINO's
+    code adds 0.1 against rounding, and iTPN's, which follows it, resamples at its own grid too.
+    """
+    if old == new and not offset:
         return table
     head, grid = table[:, :prefix], table[:, prefix:]
-    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image.float(), size=new, mode="bicubic", align_corners=False)
+    image = grid.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    if offset:
+        scale = [(after + offset) / before for before, after in zip(old, new, strict=True)]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
     return torch.cat([head, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
@@ -85,6 +95,28 @@ def relative_bias(table: Tensor, index: Tensor) -> Tensor:
     return bias if bias.dim() == 4 else bias.unsqueeze(0)
 
 
+def decomposed_bias(
+    q: Tensor, rel_h: Tensor, rel_w: Tensor, grid: tuple[int, int], ids: Tensor | None = None
+) -> Tensor:
+    """ViTDet's bias [B,H,T,T] of relative positions, one table per axis (Li et al. 2022, "Exploring plain vision
+    transformer backbones for object detection", appendix): q_i . rel_h[row_i - row_j] + q_i . rel_w[column_i -
+    column_j] with unscaled queries [B,H,T,d].
+
+    Tables [2 side - 1, d], resized linearly to the `grid`; the tokens are all of it, or those at `ids` [B,T].
+    """
+    rows, columns = grid
+    places = torch.arange(rows * columns, device=q.device)[None] if ids is None else ids
+    axes = []
+    for table, side, at in ((rel_h, rows, places // columns), (rel_w, columns, places % columns)):
+        if len(table) != 2 * side - 1:
+            resized = F.interpolate(table.float().t()[None], 2 * side - 1, mode="linear")
+            table = resized[0].t().to(table.dtype)
+        index = at[:, None, :, None] - torch.arange(side, device=q.device) + side - 1
+        axes.append((q @ table.t()).gather(-1, index.expand(*q.shape[:3], side)))
+    bias = (axes[0][..., :, None] + axes[1][..., None, :]).flatten(-2)
+    return bias if ids is None else bias.gather(-1, ids[:, None, None].expand(*q.shape[:3], -1))
+
+
 class RelativeBias(nn.Module):
     """One table of relative positions for all blocks, zero at start (the BEiT family in pre-training)."""
 
@@ -98,27 +130,19 @@ class RelativeBias(nn.Module):
         return relative_bias(self.relative_position_bias_table, index)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention.
-
-    `relative` adds a learned bias per head and offset (one table per block, zero at start). Bias of the projection:
-    "qkv" for queries, keys and values; "qv" for queries and values only, as separate parameters (the BEiT family and
-    MAE-lite's 2023 code).
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose queries, keys and values one product gives; how its weights are held is the
+    business of a subclass, and so are the tables of relative positions (all None here).
     """
 
-    def __init__(
-        self, dim: int, heads: int, bias: Literal["qkv", "qv"] = "qkv", relative: tuple[int, int] | None = None
-    ) -> None:
+    proj: Linear
+
+    def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.relative_position_bias_table: nn.Parameter | None = None
-        if relative:
-            entries = (2 * relative[0] - 1) * (2 * relative[1] - 1) + 3
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
-        self.proj = Linear(dim, dim)
+        self.rel_pos_h: nn.Parameter | None = None
+        self.rel_pos_w: nn.Parameter | None = None
 
     def project(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
         """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]."""
@@ -157,10 +181,66 @@ class Attention(nn.Module):
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         """Weight [3D,D] and bias [3D] of queries, keys and values."""
+        raise NotImplementedError
+
+
+class Attention(SelfAttention):
+    """Multi-head self-attention with one matrix for queries, keys and values.
+
+    `relative` adds a learned bias per head and offset (one table per block, zero at start). Bias of the projection:
+    "qkv" for queries, keys and values; "qv" for queries and values only, as separate parameters (the BEiT family and
+    MAE-lite's 2023 code).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, bias: Literal["qkv", "qv"] = "qkv", relative: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(heads)
+        self.qkv = Linear(dim, 3 * dim, bias=bias == "qkv")
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
+        if relative:
+            entries = (2 * relative[0] - 1) * (2 * relative[1] - 1) + 3
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, heads))
+        self.proj = Linear(dim, dim)
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
         bias: Tensor = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return self.qkv.weight, bias
+
+
+class SplitAttention(SelfAttention):
+    """Multi-head self-attention with a matrix each for queries, keys and values; keys have no bias (Fast-iTPN)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(heads)
+        self.q_proj = Linear(dim, dim, bias=False)
+        self.k_proj = Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = Linear(dim, dim)
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        return weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+
+class TileConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, of maps with the channels last: a product of each tile."""
+
+    def __init__(self, dim: int, out: int, side: int) -> None:
+        super().__init__(dim, out, side, side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,h,w,C] -> [...,h/side,w/side,out]; with a side of 1 also [...,C] -> [...,out]."""
+        side = self.kernel_size[0]
+        if side > 1:
+            *lead, height, width, dim = x.shape
+            x = x.reshape(*lead, height // side, side, width // side, side, dim).transpose(-4, -3).flatten(-3)
+        return linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class Mlp(nn.Module):
@@ -174,6 +254,37 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class ConvMlp(nn.Module):
+    """The same, held as 1x1 convolutions; `inner_norm` norms the hidden features (Fast-iTPN)."""
+
+    def __init__(self, dim: int, hidden: int, inner_norm: bool) -> None:
+        super().__init__()
+        self.fc1 = TileConv(dim, hidden, 1)
+        self.ffn_ln: nn.Module = nn.LayerNorm(hidden, eps=NORM_EPS) if inner_norm else nn.Identity()
+        self.fc2 = TileConv(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> [...,D]."""
+        out: Tensor = self.fc2(self.ffn_ln(F.gelu(self.fc1(x))))
+        return out
+
+
+class SwiGlu(nn.Module):
+    """w3(norm(silu(w1 x) * w2 x)): a gated MLP with a norm of the hidden features (Fast-iTPN)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(dim, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.w3 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> [...,D]."""
+        out: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
         return out
 
 
@@ -194,8 +305,29 @@ class DropPath(nn.Module):
         return x * kept.div_(1 - self.rate)
 
 
+class MlpBlock(nn.Module):
+    """The half of a pre-norm transformer block that has no attention: x + mlp(norm2(x)), with optional LayerScale and
+    drop path.
+    """
+
+    def __init__(self, dim: int, mlp: nn.Module, layer_scale: float | None = None, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = mlp
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,...,D] -> [B,...,D]."""
+        y = self.mlp(self.norm2(x))
+        branch: Tensor = self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+        return x + branch
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block, with optional LayerScale and drop path."""
+    """Pre-norm transformer block, with optional LayerScale and drop path. `attn` and `mlp` take the place of its own
+    attention and MLP.
+    """
 
     def __init__(
         self,
@@ -206,12 +338,14 @@ class Block(nn.Module):
         relative: tuple[int, int] | None = None,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
+        attn: SelfAttention | None = None,
+        mlp: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, bias, relative)
+        self.attn = Attention(dim, heads, bias, relative) if attn is None else attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio)) if mlp is None else mlp
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()

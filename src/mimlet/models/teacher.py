@@ -15,10 +15,13 @@ from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, PYTHON, nearest
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError, WeightsError
 from mimlet.hardware import Accelerator, choose_accelerator, computes_in_bf16
-from mimlet.models.decoders import Decoder
+from mimlet.models.build import encoder_of
+from mimlet.models.decoders import Decoder, decoder_input, decoder_taps
+from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
-from mimlet.models.vit import ViT, ViTShape
+from mimlet.models.shapes import HieraShape, Shape, ViTShape
+from mimlet.models.vit import ViT
 from mimlet.models.weights import (
     Channels,
     Checkpoint,
@@ -30,7 +33,7 @@ from mimlet.models.weights import (
     shape_of_checkpoint,
     triple,
 )
-from mimlet.models.zoo import SIZES
+from mimlet.models.zoo import ENCODERS, Size
 
 if TYPE_CHECKING:
     from mimlet.config import Config, TeacherSettings
@@ -39,12 +42,13 @@ if TYPE_CHECKING:
 class Teacher(nn.Module):
     """An encoder, maybe with its decoder, that is only looked at: eval mode, no gradient, own normalisation and type.
 
-    `encoder` is a ViT, a model of timm or transformers (`ForeignEncoder`), or any module with the attributes `patch,
-    dim, depth, heads, grid, prefix` (class tokens: 0 or 1) that answers `(images, mask, taps=...)` with `Features`;
-    `takes_masks = True` if it can drop the patches that a mask hides. Images arrive normalised as the student's
-    (`students`: mean, std) and at the student's size, and are brought to the teacher's `own` normalisation and to
-    `size` px. Where the grid of its patches then still differs from `grid`, what it answers is resized. Of prefix
-    tokens only the class token is handed on. In bf16 the matrices are stored in bf16 too: no weight is cast in a step.
+    `encoder` is an `Encoder`, a model of timm or transformers (`ForeignEncoder`), or any module with the attributes
+    `patch, dim, depth, heads, grid, prefix` (class tokens: 0 or 1) that answers `(images, mask, taps=...)` with
+    `Features`; `takes_masks = True` if it can drop the patches that a mask hides. Images arrive normalised as the
+    student's (`students`: mean, std) and at the student's size, and are brought to the teacher's `own` normalisation
+    and to `size` px. Where the grid of its patches then still differs from `grid`, what it answers is resized. Of
+    prefix tokens only the class token is handed on. In bf16 the matrices are stored in bf16 too: no weight is cast in a
+    step.
     """
 
     scale: Tensor
@@ -68,11 +72,14 @@ class Teacher(nn.Module):
         self.patch, self.dim, self.depth, self.heads = (
             int(getattr(encoder, name)) for name in ("patch", "dim", "depth", "heads")
         )
+        ours = encoder if isinstance(encoder, Encoder) else None
+        self.dims = ours.dims if ours else (self.dim,) * (self.depth + 1)
+        self.attending = ours.attending if ours else tuple(range(1, self.depth + 1))
         rows, columns = cast(tuple[int, int], encoder.grid)
         self.own_grid = (size // self.patch, size // self.patch) if size else (rows, columns)
         self.grid = grid or self.own_grid
         self.prefix = min(1, int(cast(int, encoder.prefix)))
-        self.takes_masks = bool(getattr(encoder, "takes_masks", isinstance(encoder, ViT)))
+        self.takes_masks = bool(getattr(encoder, "takes_masks", isinstance(encoder, Encoder)))
         self.size, self.source = size, source
         self.relation_heads: dict[int, int] = {}
         self.pixels: Literal["normalised", "raw"] | None = None
@@ -90,7 +97,17 @@ class Teacher(nn.Module):
 
     def heads_of(self, block: int) -> int:
         """The number of heads that a block's relations were trained with: TinyMIM's last block has its own."""
-        return self.relation_heads.get(block, self.heads)
+        return self.relation_heads.get(block, self.heads_in(block))
+
+    def heads_in(self, block: int) -> int:
+        """The number of heads that a block attends with."""
+        return self.encoder.heads_of(block) if isinstance(self.encoder, Encoder) else self.heads
+
+    def layout(self, layer: int) -> tuple[tuple[int, int], Tensor]:
+        """The tokens of a layer as the student gets them, see `Encoder.layout`."""
+        if isinstance(self.encoder, Encoder) and self.encoder.stages:
+            return self.encoder.layout(layer)
+        return self.grid, torch.arange(math.prod(self.grid))
 
     def inputs(self, images: Tensor) -> Tensor:
         """The student's images [B,3,h,w] in the teacher's normalisation and size."""
@@ -117,6 +134,20 @@ class Teacher(nn.Module):
             self.memo[question] = (self._answer(images, mask, taps), images, mask)
         return self.memo[question][0]
 
+    @property
+    def projection(self) -> nn.Linear | None:
+        """The map of final tokens to the space that a CLIP's images share with its texts; None where there is none."""
+        found = getattr(self.encoder, "projection", None)
+        return found if isinstance(found, nn.Linear) else None
+
+    @torch.no_grad()
+    def project(self, tokens: Tensor) -> Tensor:
+        """Final tokens [...,D] in the space that a CLIP's images share with its texts."""
+        assert self.projection is not None, "this teacher has no projection"
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            projected: Tensor = self.projection(tokens)
+        return projected
+
     def decode(self, latent: Tensor, mask: Mask, mask_token: Tensor | None = None) -> Tensor:
         """Pixels of the hidden patches [B,N-V,p*p*3] by the frozen decoder, from visible tokens [B,P+V,D], through
         which gradients flow. See `Decoder.forward`.
@@ -129,14 +160,18 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def _answer(self, images: Tensor, mask: Mask | None, taps: Taps) -> Features:
-        encoder_taps = replace(taps, decoded=(), tokens=taps.tokens or bool(taps.decoded))
+        encoder_taps = replace(taps, decoded=())
+        if taps.decoded:
+            encoder_taps |= decoder_taps(cast(Encoder, self.encoder))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features: Features = self.encoder(self.inputs(images), mask, taps=encoder_taps)
-            self._check_answer(features, len(images), mask, encoder_taps)
-            if taps.decoded:
+            if not isinstance(self.encoder, Encoder):
+                self._check_answer(features, len(images), mask, encoder_taps)
+            elif taps.decoded:
                 assert self.decoder is not None, "the teacher was not asked to bring its decoder"
                 assert mask is not None, "decoding needs a mask"
-                decoded = {i: self.decoder.features(features.latent, mask, i) for i in taps.decoded}
+                latent, patches = decoder_input(self.encoder, features), self.encoder.patch_mask(mask)
+                decoded = {i: self.decoder.features(latent, patches, i) for i in taps.decoded}
                 features = replace(features, decoded=decoded)
         features = features.trimmed(self.prefix)
         return features if features.grid == self.grid else features.resized(self.grid)
@@ -185,7 +220,7 @@ class Teachers:
         self.module = module
         self.known: dict[str, Teacher] = {}
 
-    def find(self, config: Config, student: ViT, *, decoder: bool = False, masked: bool = False) -> Teacher:
+    def find(self, config: Config, student: Encoder, *, decoder: bool = False, masked: bool = False) -> Teacher:
         """The teacher that `config.teacher` names, fitted to a student: `decoder` with its decoder, `masked` able to
         drop the patches that are hidden from the student.
 
@@ -217,7 +252,7 @@ class Teachers:
 
 def load_teacher(
     settings: TeacherSettings,
-    student: ViT,
+    student: Encoder,
     *,
     decoder: bool = False,
     mean: Channels = IMAGENET_MEAN,
@@ -243,8 +278,9 @@ def load_teacher(
         return teacher
     shape = _shape(settings, opened)
     if settings.grid == "input":
-        shape = replace(shape, image_size=student.grid[0] * shape.patch)
-    encoder = ViT(shape)
+        pooled = isinstance(shape, HieraShape) and shape.q_pool == 3
+        shape = replace(shape, image_size=student.grid[0] * shape.patch * (1 + pooled))
+    encoder = encoder_of(shape)
     report = fill_encoder(encoder, opened)
     teacher = Teacher(
         encoder,
@@ -265,7 +301,7 @@ def load_teacher(
 def _adopted(
     encoder: nn.Module,
     settings: TeacherSettings,
-    student: ViT,
+    student: Encoder,
     students: Normalisation,
     accelerator: Literal["auto"] | Accelerator,
     source: str,
@@ -311,13 +347,20 @@ def _check_attributes(encoder: nn.Module, source: str) -> None:
         )
 
 
-def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> None:
+def _check_use(teacher: Teacher, student: Encoder, decoder: bool, masked: bool) -> None:
     """Raises where a teacher cannot do what a method asks of it."""
+    encoder = teacher.encoder if isinstance(teacher.encoder, Encoder) else None
     if teacher.grid != student.grid:
         theirs, ours = (f"{rows} x {columns}" for rows, columns in (teacher.grid, student.grid))
         raise WeightsError(
             f"{teacher.source} answers with {theirs} patches, the student sees {ours}; resize its input or its answer, "
             "or give the student another encoder.image_size or encoder.patch"
+        )
+    if encoder and encoder.stages and teacher.own_grid != teacher.grid:
+        raise ConfigError(
+            f"{teacher.source} sees {teacher.own_grid[0]} x {teacher.own_grid[1]} patches, the student "
+            f"{student.grid[0]} x {student.grid[1]}, and what the stages of {encoder.family} answer is not resized; "
+            "set teacher.grid=input"
         )
     if decoder and teacher.decoder is None:
         raise WeightsError(f"{teacher.source} holds no decoder, and this method teaches through the teacher's decoder")
@@ -327,7 +370,7 @@ def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> N
         raise ConfigError(
             f"{teacher.source} is a {type(teacher.encoder).__name__}, which sees whole images only, and this method "
             "hides the same patches from student and teacher; use a method that shows whole images (tinymim, mimhd), "
-            "or a plain ViT that mimlet reads itself (a weights file, or timm:NAME)"
+            "or an encoder that mimlet reads itself (a weights file, or timm:NAME)"
         )
     if teacher.own_grid != teacher.grid:
         raise ConfigError(
@@ -335,26 +378,42 @@ def _check_use(teacher: Teacher, student: ViT, decoder: bool, masked: bool) -> N
             f"{student.grid[0]} x {student.grid[1]}, and this method hides the same ones from both; "
             "set teacher.grid=input"
         )
+    unit = encoder.unit if encoder else 1
+    if unit != student.unit:
+        raise ConfigError(
+            f"{teacher.source} hides {unit} x {unit} patches at a time, the student {student.unit} x {student.unit}, "
+            "and this method hides the same ones from both; take a teacher of the student's family (only mask units of "
+            "Hiera have 2 x 2), or a method that shows whole images (tinymim, mimhd)"
+        )
     if teacher.prefix != student.prefix:
         raise WeightsError(
             f"teacher {teacher.source} has {'a' if teacher.prefix else 'no'} class token, "
-            f"the student {'one' if student.prefix else 'none'}; "
-            f"set encoder.class_token={str(bool(teacher.prefix)).lower()}"
+            f"the student {'one' if student.prefix else 'none'}; {class_token_advice(student, teacher.prefix)}"
         )
 
 
-def _shape(settings: TeacherSettings, checkpoint: Checkpoint) -> ViTShape:
+def class_token_advice(student: Encoder, prefix: int) -> str:
+    """What to do about a student whose class token differs from a teacher with `prefix` of them."""
+    if isinstance(student, ViT):
+        return f"set encoder.class_token={str(bool(prefix)).lower()}"
+    return f"{student.family} has none, so take a teacher without one (one trained with encoder.class_token=false)"
+
+
+def _shape(settings: TeacherSettings, checkpoint: Checkpoint) -> Shape:
     """The teacher's architecture. `settings.name` says the head count, and what else the file has to be."""
     if not settings.name:
         return shape_of_checkpoint(checkpoint, settings.heads)
-    if settings.name not in SIZES:
-        known = f"{nearest(settings.name, SIZES)}; known: {', '.join(SIZES)}"
+    if settings.name not in ENCODERS:
+        known = f"{nearest(settings.name, ENCODERS)}; known: {', '.join(ENCODERS)}"
         raise ConfigError(f"unknown teacher.name '{settings.name}'{known}")
-    size = SIZES[settings.name]
+    size = ENCODERS[settings.name]
     shape = shape_of_checkpoint(checkpoint, settings.heads or size.heads)
-    if (shape.dim, shape.depth) != (size.dim, size.depth):
+    depths = (size.depth,) if isinstance(size, Size) else size.stages
+    found = (shape.depth,) if isinstance(shape, ViTShape) else shape.stages
+    if (shape.dim, found) != (size.dim, depths):
+        (theirs, ours) = (" + ".join(map(str, blocks)) for blocks in (found, depths))
         raise WeightsError(
-            f"teacher {checkpoint.source} has width {shape.dim} and {shape.depth} blocks, but a {settings.name} has "
-            f"{size.dim} and {size.depth}; leave teacher.name out, or give another file"
+            f"teacher {checkpoint.source} has width {shape.dim} and {theirs} blocks, but a {settings.name} has "
+            f"{size.dim} and {ours}; leave teacher.name out, or give another file"
         )
     return shape

@@ -6,8 +6,7 @@ Parameter names follow timm's ViT, so that weights travel: `cls_token`, `dist_to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
+from mimlet.models.encoder import Encoder, last_block
 from mimlet.models.features import Features, Taps
 from mimlet.models.linear import linear
+from mimlet.models.migration import Migration
 from mimlet.models.parts import (
     NORM_EPS,
     Block,
+    Mlp,
     RelativeBias,
     attend,
     attention_logits,
@@ -29,32 +31,7 @@ from mimlet.models.parts import (
     resize_positions,
     sincos_positions,
 )
-
-if TYPE_CHECKING:
-    from mimlet.config import EncoderSettings
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """Everything that fixes a plain ViT's architecture. Stored with exported weights.
-
-    `relative`: a bias of relative positions: "full" per block, "shared" by all blocks, "qv" per block together with
-    `qv_bias`. `qv_bias`: biases of queries and values only (the BEiT family). `distillation_token`: one more token
-    after the class token, which answers to a teacher (DeiT, G2SD).
-    """
-
-    image_size: int = 224
-    patch: int = 16
-    dim: int = 192
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    class_token: bool = True
-    position: Literal["sincos", "learned", "none"] = "sincos"
-    relative: Literal["none", "full", "qv", "shared"] = "none"
-    layer_scale: float | None = None
-    distillation_token: bool = False
-    qv_bias: bool = False
+from mimlet.models.shapes import ViTShape
 
 
 class PatchEmbed(nn.Module):
@@ -78,15 +55,23 @@ class PatchEmbed(nn.Module):
         return linear(visible, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """Plain ViT encoder: `(images, mask, fill, taps) -> Features`.
 
     With a mask and no `fill`, hidden patches are dropped before embedding (MAE); with `fill` [1,1,D], their
     embeddings are replaced by it (SimMIM, BEiT). Inputs of another size work: positions are interpolated (not the
     relative ones).
 
+    With `shape.migration`, for dense inputs (many patches, read as a map), patches leave on the way and come back
+    before `norm` (`mimlet.models.migration`), the window being the whole image; prefix tokens stay. Taps show the whole
+    grid: patches that have left, as they left. Only block 1, which all patches enter, shows its attention.
+
     The distillation token stands at index 1 and has no position: G2SD appends it last, and attention does not care.
     """
+
+    family: ClassVar[str] = "a plain ViT"
+    shape: ViTShape
+    norm: nn.LayerNorm
 
     def __init__(self, shape: ViTShape, drop_path: float = 0.0, constant_drop_path: bool = False) -> None:
         super().__init__()
@@ -98,11 +83,13 @@ class ViT(nn.Module):
         self.placed = int(shape.class_token)  # prefix tokens that have a position
         side = shape.image_size // shape.patch
         self.grid = (side, side)
-        self.units = side * side
+        self.dims = (shape.dim,) * (shape.depth + 1)
+        self.attending = tuple(range(1, 2 if shape.migration else shape.depth + 1))
+        self.stages, self.levels, self.fills = {}, {}, (shape.dim,)
         self.patch_embed = PatchEmbed(shape.patch, shape.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if shape.distillation_token else None
-        table = torch.zeros(1, self.placed + self.units, shape.dim)
+        table = torch.zeros(1, self.placed + side * side, shape.dim)
         self.pos_embed = nn.Parameter(table) if shape.position != "none" else None
         self.rel_pos_bias = RelativeBias(*self.grid, shape.heads) if shape.relative == "shared" else None
         relative = self.grid if shape.relative in ("full", "qv") else None
@@ -175,37 +162,34 @@ class ViT(nn.Module):
         if self.shape.relative != "none":
             for i, block in enumerate(self.blocks, 1):
                 assert isinstance(block, Block)
+                assert isinstance(block.mlp, Mlp)
                 block.attn.proj.weight.div_((2 * i) ** 0.5)
                 block.mlp.fc2.weight.div_((2 * i) ** 0.5)
+
+    def layer_of(self, name: str) -> int:
+        """BEiT's rule, as in MAE's fine-tuning; a distillation token counts as after the blocks (G2SD)."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return 0 if name.startswith(("cls_token", "pos_embed", "patch_embed.")) else self.depth + 1
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """The table for a grid of patches: [1, 1 + N, D], the class token first, or [1, N, D] without one; None
         without absolute positions.
         """
-        if grid != self.grid and self.relative_position_index is not None:
-            raise ConfigError(
-                f"an encoder with relative positions is fixed to its grid of {self.grid[0]} x {self.grid[1]} patches "
-                f"({self.shape.image_size} px); got {grid[0]} x {grid[1]}. Load it at that image_size instead"
-            )
+        if self.relative_position_index is not None:
+            self.check_grid(grid)
         return None if self.pos_embed is None else resize_positions(self.pos_embed, self.grid, grid, self.placed)
 
     def embed(
         self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """Tokens [B,T,D] that enter block 1, and the grid of the whole image."""
-        height, width = images.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise ConfigError(
-                f"image of {height} x {width} px is not divisible by the patch of {self.patch} px; resize or pad it"
-            )
-        grid = (height // self.patch, width // self.patch)
-        if mask is not None and mask.hidden.shape[1] != grid[0] * grid[1]:
-            raise ConfigError(
-                f"the mask has {mask.hidden.shape[1]} units, the image {grid[0]} x {grid[1]} patches; they must agree"
-            )
+        grid = self.check_images(images)
+        if mask is not None:
+            self.check_mask(mask, fill, grid)
         table = self.positions(grid)
         if mask is not None and fill is None:
-            assert mask.ids_keep is not None, "dropping needs equally many visible units per image"
+            assert mask.ids_keep is not None
             x = self.patch_embed(images, mask.ids_keep)
             if table is not None:
                 x = x + table[0, self.placed :][mask.ids_keep]
@@ -219,16 +203,22 @@ class ViT(nn.Module):
             first = self.cls_token if table is None else self.cls_token + table[:, :1]
             if self.dist_token is not None:
                 first = torch.cat([first, self.dist_token], dim=1)
-            x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([first.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return x, grid
 
-    def _bias_index(self, mask: Mask | None, fill: Tensor | None) -> Tensor | None:
-        """Index of the relative bias for the tokens at hand: [T,T], or [B,T,T] when patches were dropped."""
+    def _bias_index(self, ids: Tensor | None) -> Tensor | None:
+        """Index of the relative bias for the tokens at hand: [T,T], or [B,T,T] for prefix tokens and the patches at
+        `ids` [B,V].
+        """
         index = self.relative_position_index
-        if index is None or mask is None or fill is not None or mask.ids_keep is None:
+        if index is None or ids is None:
             return index
-        ids = F.pad(mask.ids_keep + self.prefix, (self.prefix, 0))  # all prefix tokens have the biases of the first
+        ids = F.pad(ids + self.prefix, (self.prefix, 0))  # all prefix tokens have the biases of the first
         return index[ids[:, :, None], ids[:, None, :]]
+
+    def _shared_bias(self, index: Tensor | None) -> Tensor | None:
+        """The relative bias that all blocks share, if there is one."""
+        return None if self.rel_pos_bias is None or index is None else cast(Tensor, self.rel_pos_bias(index))
 
     def forward(
         self, images: Tensor, mask: Mask | None = None, fill: Tensor | None = None, taps: Taps | None = None
@@ -237,16 +227,16 @@ class ViT(nn.Module):
         beyond that.
         """
         taps = taps or Taps()
-        self._check(taps)
+        self.check_taps(taps)
         x, grid = self.embed(images, mask, fill)
-        index = self._bias_index(mask, fill)
-        shared = None if self.rel_pos_bias is None or index is None else self.rel_pos_bias(index)
+        index = self._bias_index(mask.ids_keep if mask is not None and fill is None else None)
+        shared = self._shared_bias(index)
         out = Features(self.prefix, grid)
-        whole = (
-            self.depth
-            if taps.tokens
-            else max([*taps.hidden, *taps.normed, *(i - 1 for i in (*taps.attention, *taps.qkv)), 0])
-        )
+        whole = last_block(taps, self.depth, taps.tokens)
+        way: Migration | None = None
+        if self.shape.migration:
+            places = torch.arange(grid[0] * grid[1], device=x.device)
+            way = Migration(places, ((1, len(places)),), self.shape.migration, self.depth)
         if 0 in taps.hidden:
             out.hidden[0] = x
         for number, block in enumerate(self.blocks, 1):
@@ -254,13 +244,16 @@ class ViT(nn.Module):
             attention, qkv, normed = number in taps.attention, number in taps.qkv, number - 1 in taps.normed
             if number > whole and not (attention or qkv or normed):
                 break
+            if way is not None:
+                index = self._bias_index(way.places)
+                shared = self._shared_bias(index)
             bias = block.attn.bias(index) if shared is None else shared
-            if not (attention or qkv or normed):
+            if not (attention or qkv or normed or way):
                 x = block(x, bias)
             else:
                 y = block.norm1(x)
                 if normed:
-                    out.normed[number - 1] = y
+                    out.normed[number - 1] = y if way is None else block.norm1(way.whole(x))
                 if number > whole and not (attention or qkv):
                     break
                 q, k, *v = block.attn.project(y, 3 if number <= whole or qkv else 2)
@@ -271,44 +264,17 @@ class ViT(nn.Module):
                 if number > whole:
                     break
                 heads = out.attention[number].softmax(dim=-1) @ v[0] if attention else attend(q, k, v[0], bias)
-                x = block.add_mlp(block.add_attention(x, block.attn.output(heads)))
+                x = block.add_attention(x, block.attn.output(heads))
+                if way is not None:
+                    x = way.step(number - 1, x, k)
+                x = block.add_mlp(x)
             if number in taps.hidden:
-                out.hidden[number] = x
+                out.hidden[number] = x if way is None else way.whole(x)
+        if way is not None:
+            x = way.whole(x)
         if taps.tokens or self.depth in taps.normed:
             x = self.norm(x)
             if self.depth in taps.normed:
                 out.normed[self.depth] = x
             out.tokens = x if taps.tokens else None
         return out
-
-    def _check(self, taps: Taps) -> None:
-        low = {"hidden": 0, "normed": 0, "attention": 1, "qkv": 1}
-        for kind, first in low.items():
-            wrong = [i for i in getattr(taps, kind) if not first <= i <= self.depth]
-            if wrong:
-                raise ConfigError(f"no {kind} of block {wrong[0]}: this encoder has blocks {first} to {self.depth}")
-        if taps.levels:
-            raise ConfigError(
-                "a plain ViT has no pyramid levels; ask for hidden=(...) and resize, or use a hierarchical encoder"
-            )
-        assert not taps.decoded, "an encoder has no decoder; ask a teacher that carries one"
-
-
-def shape_of(settings: EncoderSettings, distillation_token: bool = False) -> ViTShape:
-    """The architecture that settings describe; a distillation token is the method's wish."""
-    return ViTShape(
-        image_size=settings.image_size,
-        mlp_ratio=settings.mlp_ratio,
-        class_token=settings.class_token,
-        position=settings.position,
-        relative=settings.relative,
-        qv_bias=settings.qv_bias,
-        layer_scale=settings.layer_scale,
-        distillation_token=distillation_token,
-        **settings.resolved(),
-    )
-
-
-def build_encoder(settings: EncoderSettings, distillation_token: bool = False) -> ViT:
-    """A freshly initialised (MAE's init) encoder. Weights are loaded by `mimlet.models.weights`."""
-    return ViT(shape_of(settings, distillation_token), settings.drop_path, settings.drop_path_rule == "constant")

@@ -387,10 +387,10 @@ def _encoder(shown: Shown) -> str:
     if not METHODS[shown.run.config.method.name].encoder:
         return ""
     settings = shown.run.config.encoder
-    shape = settings.resolved()
+    shape = settings.shape()
     return (
-        f"{settings.name}: {shape['depth']} blocks, width {shape['dim']}, {shape['heads']} heads, "
-        f"{settings.image_size} px in patches of {shape['patch']}"
+        f"{settings.name}: {settings.blocks} blocks, width {shape.dim}, {shape.heads} heads, "
+        f"{settings.image_size} px in patches of {shape.patch}"
     )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from mimlet.analyse.results import Analysis, ModelFindings, Similarity
 from mimlet.errors import RunError
@@ -138,32 +136,40 @@ def _similarity(found: Similarity, labels: Sequence[Label]) -> Chart:
 
 
 def _distances(models: Sequence[ModelFindings], labels: Sequence[Label]) -> Iterator[Chart]:
-    """In patches where all models have one grid, else in pixels."""
+    """In patches where all blocks of all models have one grid, else in pixels."""
     seen = [(model, label) for model, label in zip(models, labels, strict=True) if model.distance]
-    same = len({model.grid for model, _ in seen}) == 1
+    same = len(_grids(model for model, _ in seen)) == 1
     title = f"attention distance, in {'patches' if same else 'pixels (grids differ)'}"
-    groups, uniform = [], {}
+    groups: list[Boxes] = []
+    uniform: dict[str, float] = {}
     for model, (style, name) in seen:
         scale = 1 if same else model.patch
-        distance = scale * np.asarray(model.distance)
-        groups.append(Boxes(name, distance.tolist(), style))
-        uniform[_uniform(model, same)] = scale * model.uniform_distance
+        groups.append(Boxes(name, [[scale * value for value in heads] for heads in model.distance or ()], style))
+        uniform |= {_uniform(model, block, same): scale * model.uniform_distance(block) for block in model.attending}
     if groups:
         yield Chart(title, boxes_svg(groups, title=title, references=uniform))
 
 
 def _entropies(models: Sequence[ModelFindings], labels: Sequence[Label]) -> Iterator[Chart]:
     seen = [(model, label) for model, label in zip(models, labels, strict=True) if model.entropy]
-    same = len({model.grid for model, _ in seen}) == 1
+    same = len(_grids(model for model, _ in seen)) == 1
     title = "attention entropy, in nats"
     groups = [Boxes(name, model.entropy or [], style) for model, (style, name) in seen]
-    uniform = {_uniform(model, same): math.log(math.prod(model.grid)) for model, _ in seen}
+    uniform = {
+        _uniform(model, block, same): model.uniform_entropy(block) for model, _ in seen for block in model.attending
+    }
     if groups:
         yield Chart(title, boxes_svg(groups, title=title, references=uniform))
 
 
-def _uniform(model: ModelFindings, same: bool) -> str:
-    return "uniform attention" if same else f"uniform, {model.grid[0]} x {model.grid[1]} patches"
+def _grids(models: Iterable[ModelFindings]) -> set[tuple[int, int]]:
+    """Of all blocks that attend, and of their patches, which distances are counted in."""
+    return {grid for model in models for grid in (model.grid, *map(model.grid_of, model.attending))}
+
+
+def _uniform(model: ModelFindings, block: int, same: bool) -> str:
+    rows, columns = model.grid_of(block)
+    return "uniform attention" if same else f"uniform, {rows} x {columns} tokens"
 
 
 def _layers(title: str, values: Sequence[Sequence[float]], labels: Sequence[Label], unit: str = "") -> Iterator[Chart]:
@@ -207,7 +213,7 @@ def model_sheet(analysis: Analysis, labels: Sequence[Label], suffix: str = "") -
         "source": lambda model: model.source,
         "input": lambda model: f"{model.size} px in patches of {model.patch} ({model.grid[0]} x {model.grid[1]})",
         "blocks": lambda model: str(model.depth),
-        "heads": lambda model: str(model.heads),
+        "heads": lambda model: model.head_counts,
         "width": lambda model: str(model.dim),
         "parameters": lambda model: f"{model.parameters:,}",
     }

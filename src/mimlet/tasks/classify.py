@@ -17,9 +17,11 @@ from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock, Task
 from mimlet.methods.settings import ClassifySettings
+from mimlet.models.build import build_encoder
 from mimlet.models.classifier import Classifier, ClassifierHead
-from mimlet.models.vit import ViT, build_encoder
-from mimlet.models.weights import LoadReport, encoder_state, load_classifier, load_encoder_weights
+from mimlet.models.encoder import Encoder
+from mimlet.models.vit import ViT
+from mimlet.models.weights import LoadReport, classifier_state, load_classifier, load_encoder_weights
 from mimlet.objectives.labels import sigmoid_cross_entropy
 from mimlet.tasks.distil import LabelTerm
 from mimlet.tasks.metrics import evaluating
@@ -41,12 +43,12 @@ class Classify(Task):
     scores come from moving averages of encoder and head.
     """
 
-    encoder: ViT
+    encoder: Encoder
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     ema: ClassVar[dict[str, str]] = {"average_encoder": "encoder", "average_head": "head"}
 
     def __init__(
-        self, encoder: ViT, classes: int, settings: ClassifySettings | None = None, teacher: nn.Module | None = None
+        self, encoder: Encoder, classes: int, settings: ClassifySettings | None = None, teacher: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.settings = settings = settings or ClassifySettings()
@@ -57,15 +59,16 @@ class Classify(Task):
         self.head = ClassifierHead(
             encoder.dim, classes, settings.pool, teacher is not None, settings.head_scale, distill.token
         )
-        if (encoder.dist_token is not None) != (teacher is not None and distill.token == "distillation"):
+        if self.head.needs_class_token and not encoder.prefix:
+            give = "set encoder.class_token=true, or" if isinstance(encoder, ViT) else "use"
             raise ConfigError(
-                f"the encoder has {'no' if encoder.dist_token is None else 'a'} distillation token; such a token "
-                "(ViTShape.distillation_token) and method.distill.token=distillation with a teacher go together"
+                f"method.pool=class and method.distill read the class token, and this encoder ({encoder.family}) has "
+                f"none; {give} method.pool=mean without method.distill"
             )
-        if self.head.needs_class_token and encoder.cls_token is None:
+        if (encoder.prefix == 2) != (teacher is not None and distill.token == "distillation"):
             raise ConfigError(
-                "method.pool=class and method.distill read the class token, and this encoder has none; "
-                "set encoder.class_token=true, or method.pool=mean without method.distill"
+                f"the encoder has {'a' if encoder.prefix == 2 else 'no'} distillation token; such a token "
+                "(ViTShape.distillation_token) and method.distill.token=distillation with a teacher go together"
             )
         if settings.loss == "sigmoid":
             nn.init.constant_(self.head.head.bias, SIGMOID_BIAS)
@@ -151,7 +154,7 @@ class Classify(Task):
         return self.settings.ema_decay
 
     @property
-    def judged(self) -> tuple[ViT, ClassifierHead]:
+    def judged(self) -> tuple[Encoder, ClassifierHead]:
         """Encoder and head that scores come from, and that are worth shipping: the averages where there are any."""
         if self.average_encoder is None or self.average_head is None:
             return self.encoder, self.head
@@ -166,11 +169,8 @@ class Classify(Task):
         return scores
 
     def classifier_state(self) -> dict[str, Tensor]:
-        """The judged weights as one flat model under timm's names; with mean pooling without the encoder's `norm`."""
-        encoder, head = self.judged
-        state = {**encoder_state(encoder), **head.state_dict()}
-        skipped = () if head.fc_norm is None else ("norm.weight", "norm.bias")
-        return {name: value for name, value in state.items() if name not in skipped}
+        """The judged weights as one flat model, see `mimlet.models.weights.classifier_state`."""
+        return classifier_state(*self.judged)
 
 
 def count_classes(asked: int, found: int) -> int:

@@ -18,8 +18,9 @@ from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock, Task
 from mimlet.methods.settings import LinearProbeSettings
-from mimlet.models.features import Features
-from mimlet.models.vit import ViT, build_encoder
+from mimlet.models.build import build_encoder
+from mimlet.models.encoder import Encoder
+from mimlet.models.features import Features, Taps
 from mimlet.models.weights import LoadReport, load_encoder_weights
 from mimlet.tasks.classify import count_classes
 from mimlet.tasks.metrics import Scores, evaluating, known_labels
@@ -47,10 +48,10 @@ class LinearProbe(Task):
     features of any encoder to one magnitude, so that one learning rate suits all (He et al. 2022, appendix A.1).
     """
 
-    encoder: ViT
+    encoder: Encoder
     frozen: ClassVar[tuple[str, ...]] = ("encoder",)
 
-    def __init__(self, encoder: ViT, classes: int, pool: Pool = "class") -> None:
+    def __init__(self, encoder: Encoder, classes: int, pool: Pool = "class") -> None:
         super().__init__()
         check_pool(encoder, pool)
         self.classes, self.pool = classes, pool
@@ -96,21 +97,27 @@ class LinearProbe(Task):
         return logits
 
 
-def check_pool(encoder: ViT, pool: Pool) -> None:
+def check_pool(encoder: Encoder, pool: Pool) -> None:
     """`ConfigError` if the class token is wanted of an encoder without one."""
     if pool == "class" and not encoder.prefix:
-        raise ConfigError("pool 'class' reads the class token, and this encoder has none; use pool 'mean'")
+        raise ConfigError(
+            f"pool 'class' reads the class token, and this encoder ({encoder.family}) has none; use pool 'mean'"
+        )
 
 
-def pooled(encoder: ViT, images: Tensor, pool: Pool) -> Tensor:
-    """One vector per image [B,D], after the encoder's final norm: the class token, or the mean of the patch tokens."""
-    features: Features = encoder(images)
-    return features.latent[:, 0] if pool == "class" else features.patches.mean(dim=1)
+def pooled(encoder: Encoder, images: Tensor, pool: Pool) -> Tensor:
+    """One vector per image [B,D], after the encoder's final norm: the class token, or the mean of the last block's
+    patch tokens (not what a Hiera fuses for its decoder, which no classifier reads).
+    """
+    last = encoder.depth
+    features: Features = encoder(images, taps=Taps(normed=(last,), tokens=False))
+    tokens = features.normed[last]
+    return tokens[:, 0] if pool == "class" else tokens[:, features.prefix :].mean(dim=1)
 
 
 @torch.no_grad()
 def extract_features(
-    encoder: ViT,
+    encoder: Encoder,
     batches: Iterable[Batch],
     device: torch.device | str,
     mean: tuple[float, ...],

@@ -60,7 +60,9 @@ def compile_encoders(method: Method) -> None:
     """Compiles the encoder, the one it follows (DINO), and those that follow it (BootMAE, MoCo v3)."""
     names = {"encoder", *(name for pair in method.ema.items() if "encoder" in pair for name in pair)}
     for name in sorted(names):
-        getattr(method, name).compile()
+        part = getattr(method, name)
+        if part is not None:
+            part.compile()
 
 
 def idle_parameters(method: Method, fabric: Fabric, batch: Batch, clock: Clock, *, compiled: bool = False) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TypedDict, cast
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mimlet.config import OptimSettings
 from mimlet.methods.base import Method
+from mimlet.models.encoder import Encoder
 
 
 class Group(TypedDict):
@@ -41,28 +41,22 @@ def parameter_groups(method: Method, optim: OptimSettings) -> list[Group]:
     One-dimensional parameters and biases never decay; class token, mask token and position tables decay only with
     `decay_tokens` (MAE's pre-training has them decay, its fine-tuning not); relative position tables always decay. With
     `layer_decay` d < 1 and N blocks the scale is d^(N + 1 - i): i = 0 for the encoder's tokens, positions and patch
-    embedding, k for its k-th block, N + 1 for the rest (BEiT's rule, as in MAE's fine-tuning), to which a distillation
-    token belongs (G2SD).
+    embedding, k for its k-th block, N + 1 for the rest (BEiT's rule, as in MAE's fine-tuning); see `Encoder.layer_of`.
     """
-    depth = cast(int, method.encoder.depth) if optim.layer_decay < 1 else 0
     groups: dict[tuple[float, float, bool], Group] = {}
     for name, parameter in trained_parameters(method).items():
         matrix = parameter.ndim > 1 and not name.endswith(".bias")
         decays = matrix and (optim.decay_tokens or not name.endswith(("_token", "pos_embed")))
-        scale = optim.layer_decay ** (depth + 1 - _layer(name, depth))
+        scale = 1.0
+        if optim.layer_decay < 1 and name.startswith("encoder."):
+            encoder = cast(Encoder, method.encoder)
+            scale = optim.layer_decay ** (encoder.depth + 1 - encoder.layer_of(name.removeprefix("encoder.")))
         decay = optim.weight_decay if decays else 0.0
         # LARS adapts matrices even where nothing decays, and never vectors (MAE's linear probing).
         group = Group(params=[], lr_scale=scale, weight_decay=decay, decays=decays, always_adapt=matrix)
         key = (scale, decay, matrix if optim.name == "lars" else False)
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
-
-
-def _layer(name: str, depth: int) -> int:
-    """The number of a parameter's layer for layer-wise decay, 0 to depth + 1."""
-    if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    return 0 if re.match(r"encoder\.(cls_token$|pos_embed$|patch_embed\.)", name) else depth + 1
 
 
 def make_optimizer(groups: list[Group], optim: OptimSettings, *, fused: bool = True) -> torch.optim.Optimizer:
@@ -126,16 +120,18 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None
 def follow(follower: nn.Module, leader: nn.Module, momentum: float) -> None:
     """One step of a moving average: follower = momentum * follower + (1 - momentum) * leader.
 
-    Holds for parameters and floating buffers; whole numbers, such as batch norm's counter, are copied.
+    Holds for parameters and floating buffers; whole numbers, such as batch norm's counter, are copied. They meet by
+    name: a follower may lack parts of its leader (an encoder without its pyramid).
     """
     for mine, theirs in (
-        (list(follower.parameters()), list(leader.parameters())),
-        (list(follower.buffers()), list(leader.buffers())),
+        (follower.named_parameters(), dict(leader.named_parameters())),
+        (follower.named_buffers(), dict(leader.named_buffers())),
     ):
-        floating = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
+        pairs = [(a, theirs[name]) for name, a in mine]
+        floating = [(a, b) for a, b in pairs if a.is_floating_point()]
         if floating:
             torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - momentum)
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in pairs:
             if not a.is_floating_point():
                 a.copy_(b)
 

@@ -19,7 +19,7 @@ from mimlet.data.loader import evaluation_batches
 from mimlet.data.source import Source, open_source
 from mimlet.errors import DataError
 from mimlet.methods.base import Method
-from mimlet.models.vit import ViT
+from mimlet.models.encoder import Encoder
 from mimlet.report.figures import image_strip, overlays
 from mimlet.run import RunFolder
 from mimlet.tasks.probe import Labelled, extract_features, held_out, knn_probe, logistic_probe
@@ -66,7 +66,7 @@ class EncoderJudge:
         """Top-1 in percent, and top-5 above five classes."""
         found: dict[str, float] = {}
         if self.fabric.is_global_zero:
-            assert isinstance(method.encoder, ViT)
+            assert isinstance(method.encoder, Encoder)
             bank, judged = (
                 self._features(method.encoder, part, title)
                 for part, title in ((self.bank, "labelled images"), (self.judged, "images to judge on"))
@@ -84,7 +84,7 @@ class EncoderJudge:
         transform = evaluation_transform(self.config.data.augment, self.config.encoder.image_size)
         return ImageDataset(source, transform, indices=indices, train=False)
 
-    def _features(self, encoder: ViT, dataset: ImageDataset, title: str) -> Labelled:
+    def _features(self, encoder: Encoder, dataset: ImageDataset, title: str) -> Labelled:
         batches = evaluation_batches(dataset, batch=BATCH, workers=self.workers)
         augment = self.config.data.augment
         return extract_features(

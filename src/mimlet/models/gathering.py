@@ -1,0 +1,217 @@
+"""Attention inside windows, and token gathering: a gathering token per window takes part in the window's attention, and
+cross-attention between gathering tokens and all tokens carries what they learned across windows (Fast-iTPN, section on
+token gathering). For dense inputs, where attention among all tokens costs most.
+
+Names of the parts (no public code has them): `gathering_token`, `cross.i`, `window_rpe.i`, i the block of stage 3, from
+0.
+
+Letters: B images, N patches, n tokens on their way, W windows, P = W gathering tokens, or none, before the tokens,
+D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimlet.models.linear import Linear
+from mimlet.models.migration import Groups, Migration, take
+from mimlet.models.parts import NORM_EPS, Block, attend, relative_bias, relative_index
+from mimlet.models.shapes import HiViTShape
+
+
+def cut(grid: tuple[int, int], side: int, device: torch.device) -> tuple[Tensor, Groups]:
+    """The patches [N] of a grid (their numbers in raster order) window by window, in raster order inside each, and how
+    many windows of which size follow each other.
+
+    Windows begin at the top left. Those at the right and bottom edges are as small as the grid leaves them: the same
+    attention as with whole windows, zero padding and masked keys (ViTDet's, but exact), without computing padding.
+    """
+    order, groups = [], []
+    numbers = torch.arange(grid[0] * grid[1], device=device).view(grid)
+    for band in torch.split(numbers, [grid[0] // side * side, grid[0] % side]):
+        for area in torch.split(band, [grid[1] // side * side, grid[1] % side], dim=1):
+            if not area.numel():
+                continue
+            height, width = min(side, area.shape[0]), min(side, area.shape[1])
+            windows = area.view(area.shape[0] // height, height, -1, width).transpose(1, 2)
+            order.append(windows.flatten())
+            groups.append((windows.shape[0] * windows.shape[1], height * width))
+    return torch.cat(order), tuple(groups)
+
+
+def apart(x: Tensor, groups: Groups, prefix: int) -> list[Tensor]:
+    """[B,H,P+n,d] -> for each group its windows [B*windows,H,tokens,d]; with a prefix, the gathering token first."""
+    before = torch.split(x[:, :, :prefix], [count if prefix else 0 for count, _ in groups], dim=2)
+    tokens = torch.split(x[:, :, prefix:], [count * size for count, size in groups], dim=2)
+    B, H, _, d = x.shape
+    windows = []
+    for first, rest, (count, size) in zip(before, tokens, groups, strict=True):
+        window = rest.view(B, H, count, size, d).transpose(1, 2)
+        if prefix:
+            window = torch.cat([first.transpose(1, 2)[:, :, :, None], window], dim=3)
+        windows.append(window.flatten(0, 1))
+    return windows
+
+
+def together(windows: list[Tensor], groups: Groups, prefix: int) -> Tensor:
+    """`apart` backwards."""
+    lead = 1 if prefix else 0
+    rows = [x.transpose(1, 2) for x in windows]
+    rows = [x.view(-1, count, *x.shape[1:]) for x, (count, _) in zip(rows, groups, strict=True)]
+    before = [x[:, :, 0] for x in rows] if prefix else []
+    return torch.cat([*before, *(x[:, :, lead:].flatten(1, 2) for x in rows)], dim=1).transpose(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention between the tokens of an image and its W gathering tokens, each normed: a residual branch,
+    scaled by `gamma`.
+
+    Tokens are many and gathering tokens few, so the matrices that would map every token (to queries and outputs, or to
+    keys and values) are applied to the gathering tokens instead: (x Wq) k^T = x (Wq k^T). A token then costs 2 W H D
+    products instead of 2 D D.
+
+    The output layer starts at zero, so that a pre-trained network begins as it was; `gamma` starts at one.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_q = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_kv = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    @torch.no_grad()
+    def init_(self) -> None:
+        """See the class; the rest as any linear layer."""
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        nn.init.ones_(self.gamma)
+
+    def to_tokens(self, tokens: Tensor, gathering: Tensor) -> Tensor:
+        """Tokens [B,n,D] look at gathering tokens [B,W,D]: [B,n,D]."""
+        x, others = self.norm_q(tokens), self.norm_kv(gathering)
+        k, v = self._split(self.k_proj(others)) * self._scale, self._split(self.v_proj(others))
+        keys = (k @ self._rows(self.q_proj.weight)).flatten(1, 2)
+        shift = (k @ self.q_proj.bias.view(self.heads, -1, 1)).flatten(1)
+        values = (v @ self._rows(self.proj.weight.t())).flatten(1, 2)
+        logits = x @ keys.transpose(1, 2) + shift[:, None]
+        shares = logits.view(*x.shape[:2], self.heads, -1).softmax(dim=-1).flatten(2)
+        branch: Tensor = self.gamma * (shares @ values + self.proj.bias)
+        return branch
+
+    def from_tokens(self, gathering: Tensor, tokens: Tensor) -> Tensor:
+        """Gathering tokens [B,W,D] look at tokens [B,n,D]: [B,W,D]."""
+        x, others = self.norm_q(gathering), self.norm_kv(tokens)
+        q = self._split(self.q_proj(x)) * self._scale
+        queries = (q @ self._rows(self.k_proj.weight)).flatten(1, 2)
+        read = (queries @ others.transpose(1, 2)).softmax(dim=-1) @ others
+        heads = read.view(x.shape[0], self.heads, -1, x.shape[2]) @ self._rows(self.v_proj.weight).transpose(1, 2)
+        branch: Tensor = self.gamma * self.proj(heads.transpose(1, 2).flatten(2) + self.v_proj.bias)
+        return branch
+
+    @property
+    def _scale(self) -> float:
+        """Of the logits."""
+        return float((len(self.gamma) / self.heads) ** -0.5)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B,W,D] -> [B,H,W,d]."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """A matrix [D,D] by its rows of each head, [H,d,D]."""
+        return weight.view(self.heads, -1, weight.shape[1])
+
+
+class Windows(nn.Module):
+    """What stage 3 of a HiViT has for attention inside windows, for the encoder to inherit, since it stands beside the
+    encoder's own parts. Empty without windows.
+    """
+
+    shape: HiViTShape
+    windowed: tuple[int, ...]
+    gathering_token: nn.Parameter | None
+    cross: nn.ModuleDict
+    window_rpe: nn.ParameterDict
+    window_index: Tensor
+
+    def add_windows(self) -> None:
+        """Parts for the encoder's shape. `windowed`: the blocks of stage 3, from 0, that attend inside windows."""
+        shape = self.shape
+        self.windowed = tuple(i for i in range(shape.stages[2]) if shape.window and i + 1 not in shape.global_blocks)
+        names, gathers = [str(i) for i in self.windowed], shape.gathering != "none"
+        self.gathering_token = nn.Parameter(torch.zeros(1, 1, shape.dim)) if gathers else None
+        if gathers:
+            self.cross = nn.ModuleDict({i: CrossAttention(shape.dim, shape.heads) for i in names})
+        if shape.window_relative:
+            entries = (2 * shape.window - 1) ** 2 + 3
+            self.window_rpe = nn.ParameterDict({i: nn.Parameter(torch.zeros(entries, shape.heads)) for i in names})
+            index = relative_index(shape.window, shape.window, int(gathers))
+            self.register_buffer("window_index", index, persistent=False)
+
+    @torch.no_grad()
+    def init_windows_(self) -> None:
+        """Cross-attention starts as nothing, relative positions at zero, the gathering token truncated normal 0.02."""
+        if self.gathering_token is not None:
+            nn.init.trunc_normal_(self.gathering_token, std=0.02)
+            for cross in self.cross.values():
+                assert isinstance(cross, CrossAttention)
+                cross.init_()
+        if self.shape.window_relative:
+            for table in self.window_rpe.values():
+                nn.init.zeros_(table)
+
+    def windows_for(self, grid: tuple[int, int]) -> bool:
+        """Whether windows change anything on a grid: one window over all of it is the plain encoder."""
+        parts = self.gathering_token is not None or self.shape.window_relative
+        return parts or 0 < self.shape.window < max(grid)
+
+    def enter(self, x: Tensor, way: Migration) -> Tensor:
+        """Tokens [B,N,D] of all patches in raster order -> gathering tokens and tokens [B,P+N,D], window by window."""
+        x = take(x, way.places)
+        if self.gathering_token is None:
+            return x
+        windows = sum(count for count, _ in way.groups)
+        return torch.cat([self.gathering_token.to(x.dtype).expand(x.shape[0], windows, -1), x], dim=1)
+
+    def windowed_block(self, layer: int, block: Block, x: Tensor, way: Migration, columns: int) -> Tensor:
+        """Block `layer` (of stage 3, from 0) of gathering tokens and tokens [B,P+n,D]: attention of each window with
+        its gathering token, cross-attention, migration, MLP. `columns` of the grid.
+        """
+        prefix = x.shape[1] - way.places.shape[1]
+        q, k, v = block.attn.project(block.norm1(x))
+        windows = (apart(part, way.groups, prefix) for part in (q, k, v))
+        heads = list(map(attend, *windows, self._window_biases(layer, way, columns)))
+        x = block.add_attention(x, block.attn.output(together(heads, way.groups, prefix)))
+        if prefix:
+            gathering, tokens = x[:, :prefix], x[:, prefix:]
+            cross = self.cross[str(layer)]
+            assert isinstance(cross, CrossAttention)
+            if self.shape.gathering == "to_tokens":
+                tokens = tokens + block.drop_path(cross.to_tokens(tokens, gathering))
+            else:
+                gathering = gathering + block.drop_path(cross.from_tokens(gathering, tokens))
+            x = torch.cat([gathering, tokens], dim=1)
+        return block.add_mlp(way.step(layer, x, k))
+
+    def _window_biases(self, layer: int, way: Migration, columns: int) -> list[Tensor | None]:
+        """For each group the bias of relative positions inside its windows [windows,H,tokens,tokens]: the same for all
+        windows as long as no token has left, then per image and window.
+        """
+        if not self.shape.window_relative:
+            return [None] * len(way.groups)
+        side, lead, biases = self.shape.window, int(self.gathering_token is not None), list[Tensor | None]()
+        parts = torch.split(way.places, [count * size for count, size in way.groups], dim=1)
+        for places, (_, size) in zip(parts, way.groups, strict=True):
+            windows = places.reshape(-1, size) if way.left else places[:1, :size]
+            inside = windows // columns % side * side + windows % columns % side
+            inside = F.pad(inside + lead, (lead, 0))
+            index = self.window_index[inside[:, :, None], inside[:, None, :]]
+            biases.append(relative_bias(self.window_rpe[str(layer)], index))
+        return biases
