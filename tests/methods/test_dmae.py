@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
-from mimlet.methods.dmae import DMAE
+from mimlet.methods.dmae import DMAE, weight_of
 from mimlet.methods.mae import build_decoder
 from mimlet.methods.settings import DecoderSettings
 from mimlet.models.encoder import Encoder
@@ -16,7 +16,7 @@ from mimlet.models.hiera import Hiera
 from mimlet.models.shapes import HieraShape, ViTShape
 from mimlet.models.teacher import Teacher
 from mimlet.models.vit import ViT
-from tests.families import micro
+from tests.families import HIERARCHICAL, micro
 from tests.methods.official import CLOCK, make_batch, make_decoder, make_encoder, part
 from tests.shared import Golden, golden
 
@@ -173,6 +173,17 @@ def test_equals_official_distillation_of_hiera() -> None:
     }.items():
         assert ours.grad is not None
         assert_close(ours.grad.view_as(io[f"grad.{name}"]), io[f"grad.{name}"], **oracle.tolerance)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_every_layer_of_a_hierarchical_encoder_can_be_paired(name: str) -> None:
+    encoder, guide = micro(name), Teacher(micro(name, stages=(1, 1, 4, 1) if "hiera" in name else (1, 2, 4)))
+    pairs = [(i, i if i < 2 or "hiera" in name else i + 1) for i in range(encoder.depth + 1)]
+    method = DMAE(encoder, None, guide, attention=[], hidden=pairs, mask_ratio=0.5)
+    mask = Mask.from_noise(torch.rand(2, encoder.units), 0.5)
+    losses = method(Batch({"image": torch.randn(2, 3, 32, 32)}, torch.arange(2), {"mask": mask}), CLOCK)
+    losses["hidden"].backward()
+    assert all(weight_of(each).grad is not None for each in method.feature_maps)
 
 
 @pytest.mark.parametrize(

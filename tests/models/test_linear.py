@@ -37,6 +37,15 @@ def test_frozen_weights_and_strided_inputs() -> None:
     assert_close(gradient, expected)
 
 
+@needs_onednn
+@pytest.mark.parametrize("kind", ["slice of wider rows", "expanded"])
+def test_gradients_of_any_layout(kind: str) -> None:
+    x, weight, bias = torch.randn(6, 10), torch.randn(5, 10, requires_grad=True), torch.randn(5, requires_grad=True)
+    incoming = torch.randn(6, 15)[:, 5:10] if kind != "expanded" else torch.randn(1, 5).expand(6, 5)
+    got = torch.autograd.grad(onednn_linear(x, weight, bias), (weight, bias), incoming)
+    assert_close(got, torch.autograd.grad(F.linear(x, weight, bias), (weight, bias), incoming))
+
+
 def test_layer_is_torchs_where_the_other_kernel_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Linear(6, 4), torch.randn(3, 6)
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)

@@ -112,7 +112,7 @@ class DMAE(Method):
             nn.Linear(encoder.heads_of(s), teacher.heads_in(t), bias=False) for s, t in self.attention_pairs
         )
         self.feature_maps = nn.ModuleList(
-            nn.Linear(encoder.dims[s], teacher.dims[t], bias=False) for s, t in self.hidden_pairs
+            nn.Linear(encoder.normed_dims[s], teacher.normed_dims[t], bias=False) for s, t in self.hidden_pairs
         )
         self.weights = dict(self.terms.weights)
         if decoder is not None:

@@ -66,6 +66,11 @@ class Encoder(nn.Module, ABC):
         positions, k for block k, depth + 1 for what comes after.
         """
 
+    @property
+    def normed_dims(self) -> tuple[int, ...]:
+        """Widths of what `Taps.normed` gives, by block."""
+        return self.dims
+
     def heads_of(self, block: int) -> int:
         """Heads of a block that attends."""
         return self.heads

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimlet.models.linear import Linear
+from mimlet.models.linear import Linear, linear
 from mimlet.models.migration import Groups, Migration, take
 from mimlet.models.parts import NORM_EPS, Block, attend, relative_bias, relative_index
 from mimlet.models.shapes import HiViTShape
@@ -41,27 +41,42 @@ def cut(grid: tuple[int, int], side: int, device: torch.device) -> tuple[Tensor,
     return torch.cat(order), tuple(groups)
 
 
-def apart(x: Tensor, groups: Groups, prefix: int) -> list[Tensor]:
-    """[B,H,P+n,d] -> for each group its windows [B*windows,H,tokens,d]; with a prefix, the gathering token first."""
-    before = torch.split(x[:, :, :prefix], [count if prefix else 0 for count, _ in groups], dim=2)
-    tokens = torch.split(x[:, :, prefix:], [count * size for count, size in groups], dim=2)
+def joined(groups: Groups, device: torch.device) -> Tensor:
+    """Which rows of P gathering tokens and the tokens after them make up windows that begin with their gathering token:
+    [P+n].
+    """
+    order, lead, start = [], 0, sum(count for count, _ in groups)
+    for count, size in groups:
+        before = torch.arange(lead, lead + count, device=device)[:, None]
+        tokens = torch.arange(start, start + count * size, device=device).view(count, size)
+        order.append(torch.cat([before, tokens], dim=1).flatten())
+        lead, start = lead + count, start + count * size
+    return torch.cat(order)
+
+
+def apart(x: Tensor, groups: Groups, lead: int) -> list[Tensor]:
+    """Windows in a row [B,H,T,d], each with `lead` gathering tokens, 0 or 1, before its tokens -> for each group
+    [B*windows,H,lead+tokens,d].
+    """
     B, H, _, d = x.shape
-    windows = []
-    for first, rest, (count, size) in zip(before, tokens, groups, strict=True):
-        window = rest.view(B, H, count, size, d).transpose(1, 2)
-        if prefix:
-            window = torch.cat([first.transpose(1, 2)[:, :, :, None], window], dim=3)
-        windows.append(window.flatten(0, 1))
-    return windows
+    parts = torch.split(x, [count * (lead + size) for count, size in groups], dim=2)
+    return [
+        part.view(B, H, count, lead + size, d).transpose(1, 2).flatten(0, 1)
+        for part, (count, size) in zip(parts, groups, strict=True)
+    ]
 
 
-def together(windows: list[Tensor], groups: Groups, prefix: int) -> Tensor:
-    """`apart` backwards."""
-    lead = 1 if prefix else 0
+def together(windows: list[Tensor], groups: Groups, lead: int) -> Tensor:
+    """Windows as of `apart` -> [B,H,P+n,d], all gathering tokens first."""
     rows = [x.transpose(1, 2) for x in windows]
     rows = [x.view(-1, count, *x.shape[1:]) for x, (count, _) in zip(rows, groups, strict=True)]
-    before = [x[:, :, 0] for x in rows] if prefix else []
+    before = [x[:, :, 0] for x in rows] if lead else []
     return torch.cat([*before, *(x[:, :, lead:].flatten(1, 2) for x in rows)], dim=1).transpose(1, 2)
+
+
+def product(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B,T,D] times rows [B,K,D] of the same image: [B,T,K], of one image by the faster kernel."""
+    return linear(x, rows[0]) if x.shape[0] == 1 else x @ rows.transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -100,17 +115,17 @@ class CrossAttention(nn.Module):
         keys = (k @ self._rows(self.q_proj.weight)).flatten(1, 2)
         shift = (k @ self.q_proj.bias.view(self.heads, -1, 1)).flatten(1)
         values = (v @ self._rows(self.proj.weight.t())).flatten(1, 2)
-        logits = x @ keys.transpose(1, 2) + shift[:, None]
+        values = self.gamma * (values + self.proj.bias / self.heads)  # the shares of all heads sum to H
+        logits = product(x, keys) + shift[:, None]
         shares = logits.view(*x.shape[:2], self.heads, -1).softmax(dim=-1).flatten(2)
-        branch: Tensor = self.gamma * (shares @ values + self.proj.bias)
-        return branch
+        return product(shares, values.transpose(1, 2))
 
     def from_tokens(self, gathering: Tensor, tokens: Tensor) -> Tensor:
         """Gathering tokens [B,W,D] look at tokens [B,n,D]: [B,W,D]."""
         x, others = self.norm_q(gathering), self.norm_kv(tokens)
         q = self._split(self.q_proj(x)) * self._scale
         queries = (q @ self._rows(self.k_proj.weight)).flatten(1, 2)
-        read = (queries @ others.transpose(1, 2)).softmax(dim=-1) @ others
+        read = product(queries, others).softmax(dim=-1) @ others
         heads = read.view(x.shape[0], self.heads, -1, x.shape[2]) @ self._rows(self.v_proj.weight).transpose(1, 2)
         branch: Tensor = self.gamma * self.proj(heads.transpose(1, 2).flatten(2) + self.v_proj.bias)
         return branch
@@ -185,11 +200,14 @@ class Windows(nn.Module):
         its gathering token, cross-attention, migration, MLP. `columns` of the grid.
         """
         prefix = x.shape[1] - way.places.shape[1]
-        q, k, v = block.attn.project(block.norm1(x))
-        windows = (apart(part, way.groups, prefix) for part in (q, k, v))
-        heads = list(map(attend, *windows, self._window_biases(layer, way, columns)))
-        x = block.add_attention(x, block.attn.output(together(heads, way.groups, prefix)))
-        if prefix:
+        lead, groups = int(prefix > 0), way.groups
+        y = block.norm1(x)
+        if lead:
+            y = take(y, joined(groups, x.device)[None])
+        q, k, v = (apart(part, groups, lead) for part in block.attn.project(y))
+        heads = list(map(attend, q, k, v, self._window_biases(layer, way, columns)))
+        x = block.add_attention(x, block.attn.output(together(heads, groups, lead)))
+        if lead:
             gathering, tokens = x[:, :prefix], x[:, prefix:]
             cross = self.cross[str(layer)]
             assert isinstance(cross, CrossAttention)
@@ -198,7 +216,9 @@ class Windows(nn.Module):
             else:
                 gathering = gathering + block.drop_path(cross.from_tokens(gathering, tokens))
             x = torch.cat([gathering, tokens], dim=1)
-        return block.add_mlp(way.step(layer, x, k))
+        if self.shape.migration:
+            x = way.step(layer, x, together(k, groups, lead))
+        return block.add_mlp(x)
 
     def _window_biases(self, layer: int, way: Migration, columns: int) -> list[Tensor | None]:
         """For each group the bias of relative positions inside its windows [windows,H,tokens,tokens]: the same for all

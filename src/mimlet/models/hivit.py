@@ -180,6 +180,11 @@ class HiViT(Encoder, Pyramid, Windows):
         return Block(dim, heads, layer_scale=shape.layer_scale, drop_path=drop_path, attn=attn, mlp=mlp)
 
     @property
+    def normed_dims(self) -> tuple[int, ...]:
+        """Widths of what `Taps.normed` gives: those of the next block, as a merge may lie in between."""
+        return (*self.dims[1:], self.dims[-1])
+
+    @property
     def table(self) -> nn.Parameter:
         """The absolute positions [1,N,C], which are added to the tokens that enter stage 3."""
         table = self.absolute_pos_embed if self.pos_embed is None else self.pos_embed

@@ -37,13 +37,11 @@ def leaving(ratio: float, tokens: int, blocks: int) -> list[int]:
 
 def choose(keys: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Keys [...,n,d] of windows, mean over heads -> which tokens leave [...,number] and which stay [...,n-number], both
-    ascending. `number` is at most n / 2.
-
-    Computed in float32 even under autocast (float64 stays). Of equal scores the first leaves.
+    ascending. `number` is at most n / 2. Of equal scores the first leaves. In the type of the keys even under autocast.
     """
     autocast = torch.is_autocast_enabled(keys.device.type)
     with torch.autocast(keys.device.type, enabled=False) if autocast else nullcontext():
-        keys = F.normalize(keys.detach().to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+        keys = F.normalize(keys.detach(), dim=-1)
         scores = (keys[..., ::2, :] @ keys[..., 1::2, :].transpose(-2, -1)).amax(-1)
     ranked = 2 * scores.sort(dim=-1, descending=True, stable=True).indices
     second = torch.arange(1, keys.shape[-2], 2, device=keys.device).expand(*keys.shape[:-2], -1)
@@ -76,14 +74,19 @@ class Migration:
         if not any(numbers):
             return x
         prefix = x.shape[1] - self.places.shape[1]
-        windows = torch.split(keys.mean(1)[:, prefix:], [count * tokens for count, tokens in self.groups], dim=1)
+        means = keys.mean(1, dtype=torch.promote_types(keys.dtype, torch.float32))[:, prefix:]
+        windows = torch.split(means, [count * tokens for count, tokens in self.groups], dim=1)
         going, staying, start = [], [torch.arange(prefix, device=x.device).expand(x.shape[0], -1)], prefix
         for number, (count, tokens), window in zip(numbers, self.groups, windows, strict=True):
-            firsts = start + tokens * torch.arange(count, device=x.device)[:, None]
-            goes, stays = choose(window.view(x.shape[0], count, tokens, -1), number)
-            going.append((firsts + goes).flatten(1))
-            staying.append((firsts + stays).flatten(1))
+            rows = start + torch.arange(count * tokens, device=x.device)
             start += count * tokens
+            if number:
+                goes, stays = choose(window.view(x.shape[0], count, tokens, -1), number)
+                firsts = rows[::tokens, None]
+                going.append((firsts + goes).flatten(1))
+                staying.append((firsts + stays).flatten(1))
+            else:
+                staying.append(rows.expand(x.shape[0], -1))
         gone, stayed = torch.cat(going, dim=1), torch.cat(staying, dim=1)
         places = self.places.expand(x.shape[0], -1)
         self.left.append((take(x, gone), places.gather(1, gone - prefix)))

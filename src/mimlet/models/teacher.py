@@ -74,6 +74,7 @@ class Teacher(nn.Module):
         )
         ours = encoder if isinstance(encoder, Encoder) else None
         self.dims = ours.dims if ours else (self.dim,) * (self.depth + 1)
+        self.normed_dims = ours.normed_dims if ours else self.dims
         self.attending = ours.attending if ours else tuple(range(1, self.depth + 1))
         rows, columns = cast(tuple[int, int], encoder.grid)
         self.own_grid = (size // self.patch, size // self.patch) if size else (rows, columns)
