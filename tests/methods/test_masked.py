@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from mimlet.config import load_config
 from mimlet.data.masks import BlockMasking
-from mimlet.methods.mae import start_encoder
+from mimlet.methods.mae import start_vit
 from mimlet.methods.masked import block_masking, init_beit_, init_truncated_, mask_token
 from mimlet.methods.settings import BEiTSettings, BlockMaskSettings, BootMAESettings, MaskFeatSettings
 from mimlet.models.shapes import ViTShape
@@ -81,7 +81,7 @@ def test_weights_outlive_the_initialisation(tmp_path: Path) -> None:
         },
         [f"encoder.weights={tmp_path / 'encoder.pth'}"],
     )
-    encoder, report = start_encoder(config, init_beit_)
+    encoder, report = start_vit(config, init_beit_)
     assert report is not None
     assert report.fresh == {}
     stored = torch.load(tmp_path / "encoder.pth", weights_only=True)
