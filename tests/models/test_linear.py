@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mimlet.models import linear as module
-from mimlet.models.linear import Linear, onednn_linear
+from mimlet.models.linear import Linear, linear, linear_gelu, onednn_linear
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch is built without oneDNN"
@@ -68,3 +68,15 @@ def test_a_pytorch_without_the_kernel_is_served_by_torch(monkeypatch: pytest.Mon
         assert not module.onednn_is_faster()
     finally:
         module.onednn_is_faster.cache_clear()
+
+
+def test_gelu_of_a_product_is_the_same_with_and_without_gradient() -> None:
+    x, weight, bias = torch.randn(2, 300, 12), torch.randn(8, 12), torch.randn(8)
+    expected = F.gelu(linear(x, weight, bias))
+    assert torch.equal(linear_gelu(x, weight, bias), expected)
+    with torch.no_grad():
+        assert_close(linear_gelu(x, weight, bias), expected)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(linear_gelu(x, weight, bias).sum(), weight)
+    (reference,) = torch.autograd.grad(F.gelu(linear(x, weight, bias)).sum(), weight)
+    assert torch.equal(gradient, reference)

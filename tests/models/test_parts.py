@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mimlet.models.parts import (
+    PART,
     Attention,
     Block,
     DropPath,
@@ -18,6 +19,7 @@ from mimlet.models.parts import (
     attention_kernel,
     attention_logits,
     decomposed_bias,
+    in_parts,
     init_mae,
     init_qkv_apart_,
     relative_index,
@@ -222,3 +224,24 @@ def test_moco_initialisation_draws_queries_keys_and_values_apart() -> None:
         assert_close(matrix.std(), torch.tensor(bound / 3**0.5), rtol=0.02, atol=0)
     for name, value in others.items():
         assert torch.equal(block.state_dict()[name], value)
+
+
+def test_rows_are_taken_in_parts_without_gradient_and_at_once_with_it() -> None:
+    seen: list[int] = []
+
+    def run(x: Tensor, y: Tensor) -> list[Tensor]:
+        seen.append(x.shape[:2].numel())
+        return [x + y.sum((2, 3)), 2 * y]
+
+    x, y = torch.randn(3, PART, 5), torch.randn(3, PART, 2, 2, 5)
+    expected = run(x, y)
+    with torch.no_grad():
+        for got, whole in zip(in_parts(run, x[:, :-1], y[:, :-1]), expected, strict=True):
+            assert torch.equal(got, whole[:, :-1])
+        assert max(seen[1:]) <= PART
+        assert sum(seen[1:]) == 3 * (PART - 1)
+        seen.clear()
+        in_parts(run, x[:1], y[:1])
+        assert seen == [PART]
+    in_parts(run, x, y)
+    assert seen == [PART, 3 * PART]

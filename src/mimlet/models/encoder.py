@@ -196,11 +196,13 @@ def last_block(taps: Taps, depth: int, whole: bool) -> int:
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Tokens of all patches [B,N,side*side,C], `side` along a patch in raster order -> a map [B,C,h,w]."""
+    """Tokens of all patches [B,N,side*side,C], `side` along a patch in raster order -> a map [B,C,h,w], in memory with
+    the channels last: whole tokens are copied faster than single numbers.
+    """
     B, _, _, C = tokens.shape
     rows, columns = grid
-    x = tokens.view(B, rows, columns, side, side, C).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(B, C, rows * side, columns * side)
+    x = tokens.view(B, rows, columns, side, side, C).transpose(2, 3)
+    return x.reshape(B, rows * side, columns * side, C).permute(0, 3, 1, 2)
 
 
 def as_units(image: Tensor, side: int) -> Tensor:

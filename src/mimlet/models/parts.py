@@ -5,13 +5,14 @@ Letters: B images, T tokens, D width, H heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimlet.models.linear import Linear, linear
+from mimlet.models.linear import Linear, linear, linear_gelu
 
 NORM_EPS = 1e-6
 
@@ -243,6 +244,23 @@ class TileConv(nn.Conv2d):
         return linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
+PART = 256
+"""Rows that a CPU computes at once where it can: so few that what comes in between stays in its caches."""
+
+
+def in_parts(run: Callable[..., list[Tensor]], *x: Tensor) -> list[Tensor]:
+    """What `run` makes of tensors [B,n,...], in which it takes each of the B n rows by itself; on a CPU and without
+    gradient at most `PART` rows at a time.
+    """
+    lead = x[0].shape[:2]
+    whole = torch.compiler.is_compiling() or torch.is_grad_enabled() or x[0].device.type != "cpu"
+    if whole or lead.numel() <= PART:
+        return run(*x)
+    count = -(-lead.numel() // PART)
+    made = [run(*part) for part in zip(*(y.flatten(0, 1)[None].chunk(count, 1) for y in x), strict=True)]
+    return [torch.cat(y, dim=1).view(*lead, *y[0].shape[2:]) for y in zip(*made, strict=True)]
+
+
 class Mlp(nn.Module):
     """fc1, exact GELU, fc2."""
 
@@ -253,7 +271,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        out: Tensor = self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return out
 
 
@@ -268,7 +286,9 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
-        out: Tensor = self.fc2(self.ffn_ln(F.gelu(self.fc1(x))))
+        assert self.fc1.bias is not None
+        hidden = linear_gelu(x, self.fc1.weight.flatten(1), self.fc1.bias)
+        out: Tensor = self.fc2(self.ffn_ln(hidden))
         return out
 
 
@@ -319,7 +339,7 @@ class MlpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,...,D] -> [B,...,D]."""
-        y = self.mlp(self.norm2(x))
+        y = in_parts(lambda x: [self.mlp(self.norm2(x))], x)[0]
         branch: Tensor = self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
         return x + branch
 

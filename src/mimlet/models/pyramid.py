@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimlet.errors import ConfigError
 from mimlet.models.linear import Linear, linear
-from mimlet.models.parts import NORM_EPS, ConvMlp, Mlp, MlpBlock, TileConv
+from mimlet.models.parts import NORM_EPS, ConvMlp, Mlp, MlpBlock, TileConv, in_parts
 
 
 class SpreadConv(nn.ConvTranspose2d):
@@ -84,12 +84,16 @@ class Pyramid(nn.Module):
         """Levels, coarsest first, the first `finest` of three: [B,n,1,1,D], [B,n,2,2,D], [B,n,4,4,D] from
         [B,n,4,4,C/4], [B,n,2,2,C/2] and [B,n,1,1,C].
         """
-        levels = [self.align_dim_16tofpn(u3)]
-        if finest > 1:
-            levels.append(self.block_16to8(self.split_16to8(u3) + self.align_dim_16to8(u2)))
-        if finest > 2:
-            levels.append(self.block_8to4(self.split_8to4(levels[1]) + self.align_dim_8to4(u1)))
-        return [last(level) for last, level in zip(self.fpn_modules, levels, strict=False)]
+
+        def levels(u1: Tensor, u2: Tensor, u3: Tensor) -> list[Tensor]:
+            made = [self.align_dim_16tofpn(u3)]
+            if finest > 1:
+                made.append(self.block_16to8(self.split_16to8(u3) + self.align_dim_16to8(u2)))
+            if finest > 2:
+                made.append(self.block_8to4(self.split_8to4(made[1]) + self.align_dim_8to4(u1)))
+            return [last(level) for last, level in zip(self.fpn_modules, made, strict=False)]
+
+        return in_parts(levels, u1, u2, u3)
 
 
 class LevelsEmbed(nn.ModuleList):
