@@ -51,7 +51,7 @@ def recompute(encoder: ViT, x: Tensor, index: Tensor | None = None) -> Features:
         if index is not None:
             logits = logits + block.attn.relative_position_bias_table[index].movedim(-1, -3)
         x = x + block.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+        x = x + block.mlp.fc2(F.gelu(F.linear(block.norm2(x), block.mlp.fc1.weight, block.mlp.fc1.bias)))
         out.attention[number], out.qkv[number], out.hidden[number] = logits, (q, k, v), x
     out.normed[len(encoder.blocks)] = out.tokens = encoder.norm(x)
     return out

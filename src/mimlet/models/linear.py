@@ -64,6 +64,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class LinearGelu(Linear):
+    """The same, then exact GELU: see `linear_gelu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear_gelu(x, self.weight, self.bias)
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none", form: str = "") -> Tensor:
     """a b^T + bias, and what is done to it `then`, in one of its forms (GELU's "none" is the exact one)."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], form)

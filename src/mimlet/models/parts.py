@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimlet.models.linear import Linear, linear, linear_gelu
+from mimlet.models.linear import Linear, LinearGelu, linear, linear_gelu
 
 NORM_EPS = 1e-6
 
@@ -230,10 +230,13 @@ class SplitAttention(SelfAttention):
 
 
 class TileConv(nn.Conv2d):
-    """A convolution whose stride is its kernel, of maps with the channels last: a product of each tile."""
+    """A convolution whose stride is its kernel, of maps with the channels last: a product of each tile; with `gelu`,
+    then exact GELU.
+    """
 
-    def __init__(self, dim: int, out: int, side: int) -> None:
+    def __init__(self, dim: int, out: int, side: int, gelu: bool = False) -> None:
         super().__init__(dim, out, side, side)
+        self.product = linear_gelu if gelu else linear
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,h,w,C] -> [...,h/side,w/side,out]; with a side of 1 also [...,C] -> [...,out]."""
@@ -241,7 +244,8 @@ class TileConv(nn.Conv2d):
         if side > 1:
             *lead, height, width, dim = x.shape
             x = x.reshape(*lead, height // side, side, width // side, side, dim).transpose(-4, -3).flatten(-3)
-        return linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        assert self.bias is not None
+        return self.product(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 PART = 256
@@ -266,12 +270,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
+        self.fc1 = LinearGelu(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,D]."""
-        out: Tensor = self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        out: Tensor = self.fc2(self.fc1(x))
         return out
 
 
@@ -280,15 +284,13 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, inner_norm: bool) -> None:
         super().__init__()
-        self.fc1 = TileConv(dim, hidden, 1)
+        self.fc1 = TileConv(dim, hidden, 1, gelu=True)
         self.ffn_ln: nn.Module = nn.LayerNorm(hidden, eps=NORM_EPS) if inner_norm else nn.Identity()
         self.fc2 = TileConv(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
-        assert self.fc1.bias is not None
-        hidden = linear_gelu(x, self.fc1.weight.flatten(1), self.fc1.bias)
-        out: Tensor = self.fc2(self.ffn_ln(hidden))
+        out: Tensor = self.fc2(self.ffn_ln(self.fc1(x)))
         return out
 
 
