@@ -31,7 +31,7 @@ from mimlet.config import (
     sweep_points,
 )
 from mimlet.config import merge as merge_settings
-from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped, UserError
+from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped, TryAgain, UserError
 from mimlet.methods.settings import METHODS
 from mimlet.tasks.shifts import parse_shifts
 
@@ -568,7 +568,9 @@ def _check_paths(option: str, paths: Sequence[str] | None, *, needed: bool) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0; 2 what the user can repair; 130, 143 stopped by a signal."""
+    """Runs the command line and returns the exit code: 0; 2 what the user can repair; 75 to try again; 130, 143 stopped
+    by a signal.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     verbs = [entry.callback.__name__ for entry in app.registered_commands if entry.callback]
     name = f"mimlet {given[0]}" if given[0] in verbs else "mimlet"
@@ -584,7 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         message = f"{name}: {error}"
         typer.echo(_shortened(message) if isinstance(error, ConfigError | DataError) else message, err=True)
-        return 2
+        return 75 if isinstance(error, TryAgain) else 2
     except TrainingStopped as stopped:
         typer.echo(f"{name}: {stopped}", err=True)
         return stopped.code

@@ -60,6 +60,11 @@ OPTIONS = {
 AsText = BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
 """`precision=32` is a number to TOML, and no mistake."""
 
+Switch = BeforeValidator(
+    lambda value: {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+)
+"""`compile=true` is `on`, here."""
+
 OrNone = BeforeValidator(lambda value: "none" if value is None else value)
 """An override's `position=none` is the name, here, and not the lack of a value."""
 
@@ -251,8 +256,9 @@ class TeacherSettings(Section):
     path: str | None = None
     name: str | None = Field(None, description="zoo name of the file's architecture; none: read from its shapes")
     heads: int = Field(0, ge=0, description="needed where a file does not tell and the width has several customs")
-    precision: Annotated[Literal["auto", "32", "bf16"], AsText] = Field(
-        "auto", description="auto: bf16 where the hardware computes in it, else 32"
+    precision: Annotated[Literal["auto", "32", "bf16", "fp8", "int8"], AsText] = Field(
+        "auto",
+        description="auto: bf16 where the hardware computes in it, else 32; fp8, int8: its blocks' products by torchao",
     )
     grid: Literal["input", "target"] = Field(
         "input",
@@ -303,6 +309,12 @@ class DataSettings(Section):
     )
     subset_seed: int = 0
     max_unreadable: float = Field(0.1, ge=0, le=1, description="share of unreadable files above which a run stops")
+    decoder: Literal["pillow", "torchvision", "torchcodec"] = Field(
+        "pillow", description="what reads JPEG files; Pillow reads what the others cannot"
+    )
+    reduced_decode: bool = Field(
+        True, description="read a JPEG at 1/2, 1/4 or 1/8 where the crop keeps twice the pixels that are needed"
+    )
     index: bool = Field(True, description="cache the list of files so that the next start is fast")
     augment: AugmentSettings = AugmentSettings()
 
@@ -368,7 +380,20 @@ class SpeedSettings(Section):
     )
     accumulate: int = Field(1, ge=1, description="split each batch into so many pieces per device")
     workers: int = Field(-1, ge=-1, description="loader processes per device; -1: the processors there are, at most 8")
-    compile: bool = False
+    compile: Annotated[Literal["auto", "off", "on", "graphs"], Switch] = Field(
+        "auto",
+        description="torch.compile of encoders, decoder and teacher; graphs: with CUDA graphs; auto: where it was "
+        "measured to pay (docs/performance.md). What fails to compile runs as it is",
+    )
+    augment: Literal["auto", "loader", "device"] = Field(
+        "auto", description="where crops are resized, flipped and jittered; auto: on a GPU, else by the loader"
+    )
+    checkpointing: bool = Field(
+        False, description="compute the encoder's blocks again in the backward pass instead of keeping what they hold"
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="fsdp: gradients and the optimiser's memory are divided among processes; auto: ddp"
+    )
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(0, ge=0, description="0: one per process started by torchrun or SLURM")
     nodes: int = Field(1, ge=1)
@@ -391,6 +416,9 @@ class RunSettings(Section):
     wandb: str = Field("", description="project of Weights & Biases that gets numbers and pictures too; empty: off")
     mlflow: str = Field("", description="experiment of MLflow that gets numbers and pictures too; empty: off")
     report: bool = True
+    profile: bool = Field(
+        False, description="trace a few early steps: a table of where their time goes, and trace.json for a viewer"
+    )
 
 
 class Config(Section):

@@ -1,7 +1,7 @@
 """Errors that a user can cause and repair.
 
 Every message says what was expected, what came, and what to do. The command line prints the message
-without a traceback and exits with code 2; anything that is not a `UserError` is a bug of ours.
+without a traceback and exits with code 2 (`TryAgain`: 75); anything that is not a `UserError` is a bug of ours.
 """
 
 
@@ -23,6 +23,14 @@ class WeightsError(UserError):
 
 class RunError(UserError):
     """A run folder cannot be written, read or continued as asked."""
+
+
+class TryAgain(RunError):
+    """The machine failed, not the settings: a process died, the data went away, the folder is in use, the disk is full.
+
+    The newest checkpoint is whole, and the same command with --resume goes on from it. The command line exits with code
+    75 (EX_TEMPFAIL), at which a scheduler can start it again.
+    """
 
 
 class TrainingStopped(Exception):

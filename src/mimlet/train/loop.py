@@ -519,7 +519,7 @@ class _Loop:
 
     def _wrap(self, first: Batch) -> None:
         """Hands the method to Fabric; `first` is a piece for a trial."""
-        compiled, several = self.config.speed.compile, self.fabric.world_size > 1
+        compiled, several = self.config.speed.compile in ("on", "graphs"), self.fabric.world_size > 1
         if compiled or several:
             trial = self._prepare(first)
             if compiled:
