@@ -10,10 +10,11 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mimlet.config import AugmentSettings
-from mimlet.data.augment import evaluation_transform, training_transform
+from mimlet.data.augment import evaluation_transform, left_to_device, training_transform
 from mimlet.data.decode import decode
 from mimlet.data.seeding import seeded
 from mimlet.data.source import open_source
+from mimlet.data.views import Views
 from mimlet.errors import ConfigError
 from tests.data.images import picture
 from tests.shared import data_folder
@@ -221,3 +222,20 @@ def test_seeded_restores_every_global_generator() -> None:
             assert draws() == other
         assert first + draws() == expected
     assert other != first
+
+
+def test_where_views_are_made() -> None:
+    plain, jitter = training_transform(AugmentSettings(), 16), training_transform(AugmentSettings(color_jitter=0.4), 16)
+    assert [left_to_device("auto", plain, device) for device in ("cpu", "cuda", "mps")] == [False, True, False]
+    assert [left_to_device("loader", plain, device) for device in ("cpu", "cuda")] == [False, False]
+    assert left_to_device("device", jitter, "cpu")
+    randaugment = training_transform(AugmentSettings(randaugment="rand-m9"), 16)
+    for transform, device, message in (
+        (randaugment, "cuda", "data.augment.randaugment needs Pillow"),
+        (training_transform(AugmentSettings(pad_crop=2), 16), "cuda", "or data.augment.pad_crop makes other views"),
+        (Views({}), "cuda", "this method or data.augment.pad_crop makes other views"),
+        (plain, "mps", "needs double precision, which mps has not"),
+    ):
+        assert not left_to_device("auto", transform, device)
+        with pytest.raises(ConfigError, match=f"^speed.augment=device .*{message}; use speed.augment=auto or loader$"):
+            left_to_device("device", transform, device)

@@ -1,5 +1,8 @@
+import copy
 import pickle
 import random
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +17,13 @@ from mimlet.config import AugmentSettings
 from mimlet.data.augment import evaluation_transform, training_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset, Sample
+from mimlet.data.decode import decode
 from mimlet.data.masks import RandomMasking
+from mimlet.data.pixels import as_pillow
+from mimlet.data.seeding import key, seeded
 from mimlet.data.source import open_source
-from mimlet.errors import DataError
-from tests.data.images import make_folder
+from mimlet.errors import ConfigError, DataError, TryAgain
+from tests.data.images import encoded, make_folder, picture
 
 TRAIN = training_transform(AugmentSettings(), 16)
 EVALUATE = evaluation_transform(AugmentSettings(), 16)
@@ -80,6 +86,7 @@ def test_collate(photos: Path) -> None:
     batch = pickle.loads(pickle.dumps(data.collate))(items)
     assert isinstance(batch, Batch)
     assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (3, 3, 16, 16))
+    assert batch.images.is_contiguous()
     assert torch.equal(batch.images[1], items[1].views["image"])
     assert torch.equal(
         batch.mask.hidden, RandomMasking(16, 0.75).collate(torch.stack([i.draws["mask"] for i in items])).hidden
@@ -155,6 +162,16 @@ def test_nothing_but_unreadable_images(photos: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_images_that_are_all_out_of_reach(photos: Path, train: bool) -> None:
+    """An evaluation of what is left would be one of other images."""
+    data = dataset(photos, train=train)
+    shutil.rmtree(photos)
+    error = data[0, 4]
+    assert isinstance(error, TryAgain)
+    assert "No such file or directory. They were there before: is the folder still mounted?" in str(error)
+
+
 def several(image: Image.Image) -> dict[str, Tensor]:
     return {
         name: torch.full((3, size, size), image.width, dtype=torch.uint8)
@@ -171,3 +188,72 @@ def test_views_of_several_sizes(photos: Path, transform: Callable[[Image.Image],
         "global0": (2, 3, 8, 8),
         "local0": (2, 3, 4, 4),
     }
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        AugmentSettings(),
+        AugmentSettings(color_jitter=0.4, interpolation="bicubic"),
+        AugmentSettings(randaugment="rand-m9-mstd0.5-inc1"),
+        AugmentSettings(pad_crop=3),
+    ],
+)
+def test_views_are_those_of_the_transform_with_seeded_generators(photos: Path, augment: AugmentSettings) -> None:
+    """Whether drawn from a generator of their own or not."""
+    transform = training_transform(augment, 16, "student")
+    data = ImageDataset(open_source([str(photos)]), transform, seed=2)
+    for index in range(6):
+        found = decode(data.source.read(index))
+        with seeded(key("sample", 2, 1, index)):
+            expected = transform(found)
+        got = sample(data, 1, index).views
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_pixels_as_bytes_as_arrays_and_as_pillows_images(photos: Path) -> None:
+    """A source may hand out any of them, an array also read-only."""
+    source = open_source([str(photos)])
+    reference = ImageDataset(source, TRAIN, {"mask": RandomMasking(16, 0.75)})
+    kinds = (
+        lambda data: decode(data),
+        lambda data: np.frombuffer(as_pillow(decode(data)).tobytes(), np.uint8).reshape(18, 24, 3),
+    )
+    for kind in kinds:
+        other = copy.copy(source)
+        other.read = lambda i, kind=kind: kind(source.read(i))  # type: ignore[method-assign,misc]
+        data = ImageDataset(other, TRAIN, {"mask": RandomMasking(16, 0.75)})
+        assert all(equal(sample(data, 0, i), sample(reference, 0, i)) for i in range(12))
+        judged = ImageDataset(other, EVALUATE, train=False), ImageDataset(source, EVALUATE, train=False)
+        one, two = (sample(each, 0, 3).views["image"] for each in judged)
+        assert torch.equal(one, two)
+
+
+def test_large_jpegs_are_read_at_a_smaller_size_for_the_same_crops(tmp_path: Path) -> None:
+    make_folder(tmp_path / "large", ("ant",), each=1)
+    (tmp_path / "large/ant/0.jpg").write_bytes(encoded(picture(3, (640, 480)), quality=95))
+    source = open_source([str(tmp_path / "large")])
+    transform = training_transform(AugmentSettings(crop_scale=(0.5, 1.0), flip=0.5), 16)
+    whole, reduced = (ImageDataset(source, transform, reduced=reduced) for reduced in (False, True))
+    for epoch in range(5):
+        one, two = (sample(data, epoch, 0).views["image"].int() for data in (whole, reduced))
+        assert 0 < (one - two).abs().double().mean() < 3
+    assert equal_views(
+        *(ImageDataset(source, EVALUATE, train=False, reduced=reduced)[0, 0] for reduced in (False, True))
+    )
+
+
+def equal_views(a: object, b: object) -> bool:
+    assert isinstance(a, Sample)
+    assert isinstance(b, Sample)
+    return torch.equal(a.views["image"], b.views["image"])
+
+
+def test_a_decoder_that_is_not_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="pip install"):
+        ImageDataset(open_source([str(photos)]), TRAIN, decoder="torchcodec")
+    one, two = (ImageDataset(open_source([str(photos)]), TRAIN, decoder=name) for name in ("pillow", "torchvision"))
+    assert equal_views(sample(one, 0, 0), sample(two, 0, 0))

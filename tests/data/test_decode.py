@@ -1,12 +1,16 @@
 import io
+import sys
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+import torch
+from PIL import Image, ImageOps, ImageSequence
 
 from mimlet.data import decode as module
-from mimlet.data.decode import UnreadableImage, decode
+from mimlet.data.decode import Decoder, Photo, UnreadableImage, check_decoder, decode
+from mimlet.data.pixels import Box, as_pillow
+from mimlet.errors import ConfigError
 from tests.data.images import encoded, picture, png
 
 
@@ -147,9 +151,122 @@ def test_one_pixel_high() -> None:
     assert decode(encoded(picture(0, (50, 1)))).size == (50, 1)
 
 
-def test_reduced_decoding_keeps_twice_the_wanted_size() -> None:
+def test_arrays_are_not_copied_even_where_they_cannot_be_written() -> None:
+    values = np.frombuffer(bytes(range(24)), np.uint8).reshape(2, 4, 3)
+    given = decode(values)
+    assert isinstance(given, torch.Tensor)
+    assert (given.shape, given.stride(), given.data_ptr()) == ((3, 2, 4), (1, 12, 3), values.ctypes.data)
+    photo = Photo(values)
+    part = photo.cut(Box(1, 2, 1, 2))
+    assert photo.size == (4, 2)
+    assert part.permute(1, 2, 0).tolist() == [[[18, 19, 20], [21, 22, 23]]]
+    part.zero_()  # its own memory
+    assert np.array_equal(pixels(as_pillow(decode(values[:, ::-1]))), values[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((4, 5), np.uint8), r"an array \[4, 5\] of uint8, not \[height,width,3\] of uint8"),
+        (np.zeros((4, 5, 3), np.float32), "of float32"),
+        (np.zeros((4, 5, 4), np.uint8), r"\[4, 5, 4\]"),
+        (np.zeros((0, 5, 3), np.uint8), r"\[0, 5, 3\]"),
+    ],
+)
+def test_other_arrays_are_unreadable(array: np.ndarray, reason: str) -> None:
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(array)
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "torchcodec"])
+def test_other_decoders_give_pillows_pixels(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec")
+    plain, grey = encoded(picture(0), quality=95), encoded(picture(1).convert("L"))
+    for data in (plain, grey, encoded(picture(2, (31, 7)), progressive=True, subsampling=0)):
+        given = decode(data, decoder)
+        assert isinstance(given, torch.Tensor)
+        assert np.array_equal(pixels(as_pillow(given)), pixels(decode(data)))
+        assert given.permute(1, 2, 0).is_contiguous()
+    exif = Image.Exif()
+    exif[0x0112] = 5
+    cmyk, png_file = encoded(picture(1).convert("CMYK")), encoded(picture(0), "PNG")
+    for data in (encoded(picture(0), exif=exif), cmyk, png_file):  # left to Pillow
+        assert np.array_equal(pixels(decode(data, decoder)), pixels(decode(data)))
+    for data, reason in ((plain[:-200], "truncated"), (b"", "the file is empty"), (plain[:20], ".+")):
+        with pytest.raises(UnreadableImage, match=reason):
+            decode(data, decoder)
+    monkeypatch.setattr(module, "MAX_PIXELS", 300)
+    monkeypatch.setattr(module, "_jpeg_reader", lambda decoder: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match="24 x 18 = 432 pixels, more than the limit of 300"):
+        decode(plain, decoder)
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decoder("pillow")
+    check_decoder("torchvision")
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"data.decoder=torchcodec cannot be loaded \(.*; pip install torchcodec, or"):
+        check_decoder("torchcodec")
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    with pytest.raises(ConfigError, match=r"data.decoder=torchvision cannot be loaded .*decode_jpeg"):
+        check_decoder("torchvision")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations(orientation: int) -> None:
+    image, exif = picture(4, (16, 8)), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, quality=95, exif=exif)
+    photo = Photo(data)
+    given = photo.pixels()
+    assert isinstance(given, Image.Image)
+    assert given.size == photo.size == ((16, 8) if orientation < 5 else (8, 16))
+    assert np.array_equal(pixels(given), pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))))
+
+
+def test_a_jpeg_is_decoded_when_its_pixels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(0, (400, 300)))
-    assert decode(data).size == (400, 300)
-    assert decode(data, shortest=75).size == (200, 150)
-    assert decode(data, shortest=76).size == (400, 300)
-    assert decode(encoded(picture(0, (400, 300)), "PNG"), shortest=10).size == (400, 300)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+        photo = Photo(data)
+        assert photo.size == (400, 300)
+    assert photo.pixels() is photo.pixels()
+    broken = Photo(data[:-300])
+    with pytest.raises(UnreadableImage, match="truncated"):
+        broken.cut(Box(0, 0, 10, 10))
+
+
+@pytest.mark.parametrize(("side", "wanted", "shape"), [(161, 20, (41, 41)), (159, 20, (80, 79)), (79, 20, (80, 79))])
+def test_a_reduced_crop_keeps_twice_the_wanted_size(side: int, wanted: int, shape: tuple[int, int]) -> None:
+    """A box of side + 1 x side: of 162 x 161 a quarter is left, of 160 x 159 a half, of 80 x 79 all."""
+    photo = Photo(encoded(picture(0, (403, 301))))
+    part = photo.cut(Box(50, 101, side + 1, side), wanted)
+    assert part.shape == (3, *shape)
+    assert min(part.shape[1:]) >= min(2 * wanted, side)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_a_reduced_crop_is_the_same_part_of_the_image(orientation: int) -> None:
+    """Colours tell places; edges are rounded to half a pixel of the smaller image."""
+    across, down = np.meshgrid(np.linspace(0, 255, 403), np.linspace(0, 255, 301))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.stack([across, down, across], axis=2).round().astype(np.uint8))
+    photo = Photo(encoded(image, quality=95, subsampling=0, exif=exif))
+    for box in (Box(40, 52, 160, 168), Box(1, 3, 201, 202), Box(0, 0, photo.size[1], photo.size[0])):
+        full = photo.cut(box).double()
+        for wanted, reduction in ((40, 2), (20, 4), (10, 8)):
+            reduced = photo.cut(box, wanted).double()
+            assert abs(reduced.shape[1] - box.height / reduction) <= 1
+            assert abs(reduced.shape[2] - box.width / reduction) <= 1
+            for edge in (0, -1):
+                for dim in (1, 2):
+                    place = reduced.select(dim, edge).mean(1) - full.select(dim, edge).mean(1)
+                    assert place.abs().max() < 0.86 * reduction + 1
+
+
+def test_only_jpeg_is_reduced() -> None:
+    for data in (encoded(picture(0, (400, 300)), "PNG"), np.asarray(picture(0, (400, 300)))):
+        assert Photo(data).cut(Box(0, 0, 300, 400), 20).shape == (3, 300, 400)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, AugmentSettings
 from mimlet.data.augment import training_transform
 from mimlet.data.batch import Batch
+from mimlet.data.cuts import Parts
 from mimlet.data.dataset import ImageDataset
 from mimlet.data.joint import JointBatch, JointDataset
 from mimlet.data.loader import training_batches
@@ -27,13 +29,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_source([str(make_folder(tmp_path_factory.mktemp("joint") / "all", each=4))], labelled=False)
 
 
-def datasets(source: Source) -> list[ImageDataset]:
+def datasets(source: Source, on_device: bool = False) -> list[ImageDataset]:
     """Masked, whole, masked again, jittered, and smaller."""
     plain, jitter = AugmentSettings(), AugmentSettings(color_jitter=0.4)
     kinds = [(plain, 16, 16), (plain, 16, 0), (plain, 16, 16), (jitter, 16, 16), (plain, 8, 0)]
     return [
         ImageDataset(
-            source, training_transform(augment, size), {"mask": RandomMasking(units, 0.75)} if units else {}, seed=3
+            source,
+            training_transform(augment, size),
+            {"mask": RandomMasking(units, 0.75)} if units else {},
+            seed=3,
+            on_device=on_device,
         )
         for augment, size, units in kinds
     ]
@@ -72,6 +78,34 @@ def test_each_gets_its_own_batches_and_equal_tensors_are_one(source: Source, wor
             assert masked.images is not jittered.images
             assert smaller.images.shape[-1] == 8
             assert masked.mask.hidden is again.mask.hidden is jittered.mask.hidden
+
+
+def test_equal_cuts_are_rendered_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views that differ in colour come from one rendering, too."""
+    calls = []
+    original = Parts.render
+
+    def counting(self: Parts, device: torch.device | str) -> Tensor:
+        calls.append(self.size)
+        return original(self, device)
+
+    monkeypatch.setattr(Parts, "render", counting)
+    made, left = (datasets(source, on_device) for on_device in (False, True))
+    kinds = [made, left, [*left[:3], made[3], left[4]]]
+    prepared = []
+    for datasets_ in kinds:
+        joint = JointDataset(datasets_)
+        batch = joint.collate([joint[0, i] for i in range(4)])
+        assert isinstance(batch, JointBatch)
+        calls.clear()
+        prepared.append(batch.prepare("cpu", [IMAGENET] * 5).batches)
+        assert calls == ([] if datasets_ is made else [16, 8])
+    loader, device, mixed = prepared
+    for one, two, three in zip(loader, device, mixed, strict=True):
+        same(one, two)
+        same(one, three)
+    assert device[0].images is device[1].images is device[2].images
+    assert device[0].mask.hidden is device[3].mask.hidden
 
 
 def test_another_normalisation_is_another_tensor(source: Source) -> None:

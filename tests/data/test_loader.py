@@ -3,6 +3,7 @@ import os
 import random
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,17 @@ from mimlet.config import AugmentSettings
 from mimlet.data.augment import evaluation_transform, training_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
-from mimlet.data.loader import epoch_order, evaluation_batches, plain_worker_errors, steps_per_epoch, training_batches
+from mimlet.data.loader import (
+    epoch_order,
+    evaluation_batches,
+    plain_worker_errors,
+    prepared,
+    steps_per_epoch,
+    training_batches,
+)
 from mimlet.data.masks import RandomMasking
 from mimlet.data.source import Source, open_source
-from mimlet.errors import ConfigError, DataError, RunError
+from mimlet.errors import ConfigError, DataError, TryAgain
 from tests.data.images import make_folder
 from tests.shared import data_folder
 
@@ -99,14 +107,14 @@ def test_resuming_changes_nothing(data: ImageDataset, reference: list[Batch], st
     assert list(training_batches(data, batch=4, total_steps=8, start_step=8)) == []
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 2), (2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("world", "accumulate", "workers"), [(1, 2, 0), (1, 4, 2), (2, 1, 2), (2, 2, 0), (2, 2, 2), (4, 1, 0)]
+)
 def test_processes_and_accumulation_change_nothing(
-    data: ImageDataset, reference: list[Batch], world: int, accumulate: int
+    data: ImageDataset, reference: list[Batch], world: int, accumulate: int, workers: int
 ) -> None:
-    parts = [
-        list(training_batches(data, batch=4, accumulate=accumulate, rank=rank, world=world, total_steps=8))
-        for rank in range(world)
-    ]
+    shared = {"batch": 4, "accumulate": accumulate, "world": world, "total_steps": 8, "workers": workers}
+    parts = [list(training_batches(data, rank=rank, **shared)) for rank in range(world)]
     for step in range(8):
         pieces = [parts[rank][step * accumulate + a] for a in range(accumulate) for rank in range(world)]
         assert_same(joined(pieces), joined([reference[step]]))
@@ -170,7 +178,7 @@ class Deadly(Source):
 def test_a_dead_worker_is_explained(data: ImageDataset) -> None:
     data.source = Deadly(data.source)
     with (
-        pytest.raises(RunError, match=r"a data loading process died, most often because memory .* fewer speed.workers"),
+        pytest.raises(TryAgain, match=r"a data loading process died, most often because memory .* fewer speed.workers"),
         plain_worker_errors(),
     ):
         list(training_batches(data, batch=4, total_steps=3, workers=1))
@@ -235,3 +243,53 @@ def test_spawned_workers(data: ImageDataset, reference: list[Batch]) -> None:
         generator=torch.Generator(),
     )
     assert_same(joined(list(loader)), joined(reference[:1]))
+
+
+def test_batches_are_prepared_when_they_are_asked_for(photos: Path) -> None:
+    made: list[int] = []
+
+    def prepare(batch: Batch) -> list[Batch]:
+        made.append(len(made))
+        return [batch]
+
+    stream = prepared(training_batches(training_set(photos), batch=4, total_steps=3), prepare, torch.device("cpu"))
+    assert len(next(stream)[0]) == 4
+    assert made == [0]
+    assert len(list(stream)) == 2
+
+
+def test_on_a_gpu_the_next_batch_is_prepared_ahead(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order of what is asked of the two streams; their work is CUDA's."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: object = None) -> None:
+            pass
+
+        def record_event(self) -> str:
+            return log[-1]
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"wait for: {event}")
+
+    batches = list(training_batches(training_set(photos), batch=4, total_steps=3))
+
+    def prepare(batch: Batch) -> list[Batch]:
+        log.append(f"prepare {next(i for i, each in enumerate(batches) if each is batch)}")
+        return [batch]
+
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: recorded.append(id(self)))
+    for i, ready in enumerate(prepared(iter(batches), prepare, torch.device("cuda"))):
+        assert ready[0] is batches[i]
+        assert set(recorded) == {id(tensor) for tensor in batches[i].tensors()}
+        recorded.clear()
+        log.append(f"step {i}")
+    assert log == [
+        *("prepare 0", "prepare 1", "wait for: prepare 0", "step 0"),
+        *("prepare 2", "wait for: prepare 1", "step 1"),
+        *("wait for: prepare 2", "step 2"),
+    ]

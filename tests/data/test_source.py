@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mimlet.data.decode import decode
-from mimlet.data.source import Source, open_source
+import mimlet
+from mimlet.data.decode import UnreadableImage, decode
+from mimlet.data.pixels import as_pillow
+from mimlet.data.source import Source, are_records, open_source, record_source
 from mimlet.errors import ConfigError, DataError
 from tests.data.images import encoded, make_folder, picture
 from tests.shared import data_folder
@@ -396,3 +398,148 @@ def test_real_parquet() -> None:
     assert np.bincount(source.labels).tolist() == [1000] * 10
     assert decode(source.read(9999)).size == (32, 32)
     assert source.name(0).split("/")[1] == source.classes[source.label(0)]
+
+
+class Listed:
+    """A data set as other libraries have them."""
+
+    def __init__(self, items: list[object], **told: object) -> None:
+        self.items = items
+        self.__dict__ |= told
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> object:
+        return self.items[i]
+
+
+def test_records_of_every_kind(photos: Path) -> None:
+    folder = open_source([str(photos)], labelled=True)
+    data, images = [folder.read(i) for i in range(12)], [decode(folder.read(i)) for i in range(12)]
+    arrays = [np.asarray(image) for image in images]
+    names = [folder.classes[label] for label in folder.labels]
+    kinds = {
+        "bytes": list(zip(data, folder.labels.tolist(), strict=True)),
+        "views": [{"image": memoryview(each), "label": name} for each, name in zip(data, names, strict=True)],
+        "images": list(zip(images, names, strict=True)),
+        "arrays": [[array, np.int32(label)] for array, label in zip(arrays, folder.labels, strict=True)],
+    }
+    for kind, items in kinds.items():
+        source = record_source(Listed(items), "python:mine", labelled=True)
+        numbered = kind in ("bytes", "arrays")
+        assert source.classes == (["0", "1", "2"] if numbered else folder.classes)
+        assert source.labels.tolist() == folder.labels.tolist()
+        assert np.array_equal(np.asarray(as_pillow(decode(source.read(7)))), arrays[7])
+        assert source.describe() == "12 images in python:mine (3 classes)"
+        assert source.name(7) == "python:mine#7"
+    unlabelled = record_source(Listed(data), "python:mine")
+    assert (unlabelled.classes, unlabelled.labels.tolist()) == ([], [-1] * 12)
+    assert unlabelled.read(3) == data[3]
+
+
+def test_labels_that_records_tell_spare_reading_them() -> None:
+    class Counting(Listed):
+        read = 0
+
+        def __getitem__(self, i: int) -> object:
+            self.read += 1
+            return super().__getitem__(i)
+
+    told = Counting([b"x"] * 4, labels=[1, 0, None, 1], classes=["ant", "bee"])
+    source = record_source(told, "python:mine")
+    assert (source.classes, source.labels.tolist(), told.read) == (["ant", "bee"], [1, 0, -1, 1], 1)
+    named = record_source(Listed([b"x"] * 2, labels=["bee", "ant"]), "python:mine", labelled=True)
+    assert (named.classes, named.labels.tolist()) == (["ant", "bee"], [1, 0])
+    untold = Counting([(b"x", k % 2) for k in range(4)])
+    assert record_source(untold, "python:mine").classes == []
+    assert untold.read == 1
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (7, "data is a int; expected paths, or an object with __len__ and __getitem__"),
+        (Listed([]), "python:x has no records"),
+        (Listed(["a.jpg"]), "record 0 is a str, not an encoded image"),
+        (Listed([b"x", b"y"]), "python:x has no labels; a record may be"),
+        (Listed([(b"x", 0), (b"y", 0.5)]), "a label is a whole number or a name"),
+        (Listed([b"x"] * 2, labels=[0]), "python:x has 1 labels for 2 records"),
+        (Listed([b"x"] * 2, labels=[0, None]), "python:x: 1 record of 2 without a label"),
+        (Listed([b"x"] * 2, labels=[0, 2], classes=["a", "b"]), "a label 2, which is none of the 2 classes a, b"),
+        (Listed([b"x"] * 2, labels=["a", "c"], classes=["a", "b"]), "a label 'c', which is none of the 2 classes"),
+        (Listed([b"x"] * 2, labels=[0, 0]), r"only one class \(0\)"),
+    ],
+)
+def test_unfit_records(records: Listed, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        record_source(records, "python:x", labelled=True)
+
+
+def test_records_in_loader_processes() -> None:
+    source = record_source(Listed([b"x", b"y"]), "python:mine")
+    assert pickle.loads(pickle.dumps(source)).read(1) == b"y"
+    source = record_source(Listed([b"x"], transform=lambda x: x), "python:mine")
+    with pytest.raises(DataError, match=r"python:mine cannot be sent to loader processes \(.*lambda.* speed.work"):
+        pickle.dumps(source)
+    source = record_source(Listed([b"x", 5]), "python:mine")
+    with pytest.raises(UnreadableImage, match="a int, not an encoded image"):
+        source.read(1)
+
+
+def test_records_stand_in_no_path() -> None:
+    with pytest.raises(DataError, match=r"python:mine stands for records given from Python: mimlet.train\("):
+        open_source(["python:mine"])
+    assert [are_records(each) for each in ("a", Path("a"), ["a", Path("b")], (), [b"x"], Listed([]), 7)] == [
+        *[False] * 4,
+        *[True] * 3,
+    ]
+
+
+def test_training_on_arrow(photos: Path, tmp_path: Path) -> None:
+    """As docs/data.md has it."""
+
+    class Arrow:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+            self.column: pa.ChunkedArray | None = None
+
+        def __len__(self) -> int:
+            return len(self._column())
+
+        def __getitem__(self, i: int) -> bytes:
+            return bytes(self._column()[i].as_buffer())
+
+        def _column(self) -> pa.ChunkedArray:
+            if self.column is None:
+                self.column = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()["image"]
+            return self.column
+
+    folder = open_source([str(photos)])
+    table = pa.table({"image": pa.array([folder.read(i) for i in range(12)], pa.large_binary())})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    options = {
+        "encoder__image_size": 16,
+        "encoder__dim": 24,
+        "encoder__depth": 2,
+        "encoder__heads": 3,
+        "encoder__name": "vit_nano",
+        "method__decoder__dim": 12,
+        "method__decoder__heads": 3,
+        "speed__accelerator": "cpu",
+        "run__tensorboard": False,
+        "run__report": False,
+        "batch": 8,
+        "steps": 3,
+        "workers": 0,
+    }
+    for name, data in (("files", photos), ("records", Arrow(tmp_path / "a.arrow"))):
+        mimlet.pretrain("mae_micro32", data=data, out=tmp_path / name, **options)
+    one, two = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("files", "records"))
+    assert one == two
+    config = mimlet.load_config(tmp_path / "records/config.json")
+    assert config.data.path == ["python:Arrow"]
+    mimlet.train(config, data=Arrow(tmp_path / "a.arrow"), resume=True)
+    with pytest.raises(DataError, match="stands for records given from Python"):
+        mimlet.train(config, resume=True)

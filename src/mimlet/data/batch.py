@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mimlet.data.cuts import Cuts
 from mimlet.data.masks import Mask
 
 
@@ -17,7 +19,8 @@ class Batch:
     `views[name]` is [B,3,H,W]: uint8 as the loader makes it, float32 normalised after `prepare`. Most methods have
     the one view `image`; multi-crop methods have more (`global0`, `local3`), all drawn from the same sample.
     `masks[name]`: see `Mask`; most methods have the one mask `mask`. `labels` [B] int64, -1 where unknown. `indices`
-    [B]: the positions in the data set. `unreadable`: (name, reason) of files that had to be replaced.
+    [B]: the positions in the data set. `unreadable`: (name, reason) of files that had to be replaced. `cuts`: crops
+    from which `prepare` makes views on the device, in place of views that the loader makes.
     """
 
     views: dict[str, Tensor]
@@ -25,6 +28,7 @@ class Batch:
     masks: dict[str, Mask] = field(default_factory=dict)
     labels: Tensor | None = None
     unreadable: tuple[tuple[str, str], ...] = ()
+    cuts: Cuts | None = None
 
     @property
     def images(self) -> Tensor:
@@ -40,13 +44,14 @@ class Batch:
         return len(self.indices)
 
     def prepare(self, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
-        """Moves to the device and turns uint8 views into normalised float32: (x / 255 - mean) / std per channel. What
-        is there already stays the very same tensor.
+        """Moves to the device, makes the views of cuts there, and turns uint8 views into normalised float32:
+        (x / 255 - mean) / std per channel. What is there already stays the very same tensor.
         """
-        views = {name: prepare_view(view, device, mean, std) for name, view in self.views.items()}
+        views = self.views | (self.cuts.render(device) if self.cuts else {})
         return replace(
             self,
-            views=views,
+            views={name: prepare_view(view, device, mean, std) for name, view in views.items()},
+            cuts=None,
             indices=self.indices.to(device, non_blocking=True),
             masks={name: mask.to(device, non_blocking=True) for name, mask in self.masks.items()},
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
@@ -60,14 +65,28 @@ class Batch:
             indices=self.indices.pin_memory(),
             masks={name: mask.pin_memory() for name, mask in self.masks.items()},
             labels=None if self.labels is None else self.labels.pin_memory(),
+            cuts=self.cuts and self.cuts.pin_memory(),
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything in a prepared batch that is on the device."""
+        yield from self.views.values()
+        for mask in self.masks.values():
+            yield from (tensor for tensor in vars(mask).values() if tensor is not None)
+        yield self.indices
+        if self.labels is not None:
+            yield self.labels
 
 
 def prepare_view(view: Tensor, device: torch.device | str, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """See `Batch.prepare`."""
+    """See `Batch.prepare`. On a CPU image by image, which stays in its cache: half the time."""
     moved = view.to(device, non_blocking=True)
     if moved.dtype != torch.uint8:
         return moved
     constants = ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
     scale, shift = (torch.tensor(row).view(1, 3, 1, 1).to(device, non_blocking=True) for row in constants)
-    return moved.float().mul_(scale).sub_(shift)
+    normalised = torch.empty(moved.shape, device=moved.device)
+    step = 1 if moved.device.type == "cpu" else max(1, len(moved))
+    for part, out in zip(torch.split(moved, step), torch.split(normalised, step), strict=True):
+        out.copy_(part).mul_(scale).sub_(shift)
+    return normalised

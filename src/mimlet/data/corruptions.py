@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimlet.data.augment import Transform
+from mimlet.data.pixels import Pixels
 from mimlet.data.seeding import key
 
 Array = NDArray[np.float32]
@@ -62,7 +63,7 @@ class Corrupted:
     transform: Transform
     names: tuple[str, ...]
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, image: Pixels) -> dict[str, Tensor]:
         """See `Transform`."""
         clean = self.transform(image)["image"]
         seed = int(torch.randint(2**62, ()))

@@ -7,7 +7,6 @@ import hashlib
 import os
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ def _walk(root: str) -> tuple[Listing, dict[str, Stamp]]:
                 for entry in entries:
                     if entry.name.startswith("."):
                         ignored["hidden"] += 1
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         todo.append((f"{folder}/{entry.name}" if folder else entry.name, above))
                     elif is_image(entry.name):
                         files.append((entry.name, ()))
@@ -181,6 +180,13 @@ def _walk(root: str) -> tuple[Listing, dict[str, Stamp]]:
         except OSError as error:
             raise DataError(f"cannot read the folder {path}: {error.strerror}") from None
     return Listing.of(found, ignored), stamps
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
 
 
 def _stamp(path: str) -> Stamp:
@@ -222,12 +228,27 @@ def _load(file: Path) -> Listing | None:
             for path, stamp in zip(split(saved["watched"]), saved["stamps"].tolist(), strict=True):
                 if _stamp(path) != tuple(stamp):
                     return None
-            return Listing(
+            listing = Listing(
                 tuple(split(saved["folders"])),
                 saved["folder_of"],
                 Strings(saved["text"], saved["ends"]),
                 saved["places"],
                 dict(zip(split(saved["ignored"]), saved["ignored_counts"].tolist(), strict=False)),
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # the reader raises nearly every type on damaged files
         return None
+    return listing if _is_whole(listing) else None
+
+
+def _is_whole(listing: Listing) -> bool:
+    """Whether the arrays of a listing fit each other."""
+    folder_of, (text, ends), places = listing.folder_of, (listing.names.text, listing.names.ends), listing.places
+    arrays = ((folder_of, np.int32, 1), (text, np.uint8, 1), (ends, np.int64, 1), (places, np.int64, 2))
+    return (
+        all(array.dtype == kind and array.ndim == axes for array, kind, axes in arrays)
+        and len(folder_of) == len(ends) == len(places) > 0
+        and places.shape[1] in (0, 3)
+        and 0 <= folder_of.min() <= folder_of.max() < len(listing.folders)
+        and 0 <= ends[0] <= ends[-1] == len(text)
+        and bool((np.diff(ends) >= 0).all())
+    )

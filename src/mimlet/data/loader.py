@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,12 +17,15 @@ from torch.utils.data import DataLoader
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
 from mimlet.data.seeding import key
-from mimlet.errors import ConfigError, DataError, RunError
+from mimlet.errors import ConfigError, DataError, TryAgain, UserError
 
 Place = tuple[int, int]
 """(epoch, position in the data set)"""
 
 B = TypeVar("B", covariant=True)
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Items(Protocol[B]):
@@ -32,7 +37,7 @@ class Items(Protocol[B]):
 
     def __getitem__(self, at: Place) -> Any: ...
 
-    def collate(self, samples: Any) -> B | DataError:
+    def collate(self, samples: Any) -> B | UserError:
         """Items -> batch."""
         ...
 
@@ -67,7 +72,7 @@ def training_batches(
     Step s of an epoch takes positions [s * batch, (s + 1) * batch) of `epoch_order`; piece a of process r is the
     contiguous part a * world + r of its accumulate * world parts. One set of worker processes serves all epochs;
     closing the generator ends them. Raises `ConfigError` if `batch` does not divide, `DataError` for too few or
-    unreadable images, `RunError` if a worker dies.
+    unreadable images, `TryAgain` if these are gone or a worker dies.
     """
     parts = accumulate * world
     if batch % parts:
@@ -99,9 +104,43 @@ def evaluation_batches(
     return _batches(dataset, places, workers, pin_memory)
 
 
+def prepared(
+    stream: Iterable[B], prepare: Callable[[B], Sequence[Batch]], device: torch.device
+) -> Generator[Sequence[Batch], None, None]:
+    """What `prepare` makes of each batch.
+
+    On CUDA a batch is moved and made on a stream of its own while the step computes with the one before.
+    """
+    if device.type != "cuda":
+        for batch in stream:
+            yield prepare(batch)
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[Sequence[Batch], torch.cuda.Event] | None = None
+    for batch in stream:
+        with torch.cuda.stream(side):
+            ready = prepare(batch)
+        done = side.record_event()
+        if waiting:
+            yield _handed_over(*waiting)
+        waiting = ready, done
+    if waiting:
+        yield _handed_over(*waiting)
+
+
+def _handed_over(batches: Sequence[Batch], done: torch.cuda.Event) -> Sequence[Batch]:
+    """Lets the step wait for these batches, and their memory wait for the step."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(done)
+    for batch in batches:
+        for tensor in batch.tensors():
+            tensor.record_stream(stream)
+    return batches
+
+
 @contextmanager
 def plain_worker_errors() -> Iterator[None]:
-    """Turns torch's error about a dead loader process into a `RunError`.
+    """Turns torch's error about a dead loader process into a `TryAgain`.
 
     torch raises it from a signal handler, anywhere in the main process: wrap the whole loop, not only the loading.
     """
@@ -110,10 +149,14 @@ def plain_worker_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise RunError(
-            "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
-            f"use fewer speed.workers, or 0 to load in the main process ({str(error).splitlines()[0]})"
-        ) from error
+        raise _died(error) from error
+
+
+def _died(error: Exception) -> TryAgain:
+    return TryAgain(
+        "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
+        f"use fewer speed.workers, or 0 to load in the main process ({str(error).partition(chr(10))[0]})"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +188,7 @@ class _TrainingOrder:
 def _batches(
     dataset: Items[B], places: Iterable[list[Place]], workers: int, pin_memory: bool
 ) -> Generator[B, None, None]:
-    loader: DataLoader[B | DataError] = DataLoader(
+    loader: DataLoader[B | UserError] = DataLoader(
         dataset,  # type: ignore[arg-type]  # the loader is typed by what it yields
         batch_sampler=places,
         num_workers=workers,  # torch gives each of them one thread
@@ -153,8 +196,42 @@ def _batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws its seed from the global generator
     )
+    for item in loaded(loader):  # it has no name: with the loop the workers end
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def loaded(loader: DataLoader[T]) -> Generator[T, None, None]:
+    """What a loader gives; `TryAgain` where one of its processes dies.
+
+    A process that is asked to stop along with its parent, as schedulers and terminals do, leaves the answer to it:
+    until the parent has saved, it needs batches. A second SIGTERM, such as the parent's own, ends it.
+    """
+    loader.worker_init_fn = _leave_signals
     with plain_worker_errors():
-        for item in loader:  # its iterator has no other name: with the loop the workers end
-            if isinstance(item, DataError):
-                raise item
-            yield item
+        try:
+            yield from _started(loader)
+        except (EOFError, ConnectionError, FileNotFoundError) as error:  # of one that dies while it hands over a batch
+            if not loader.num_workers or str(error).startswith("Caught "):  # these come from the data set
+                raise
+            raise _died(error) from error
+
+
+def _started(loader: DataLoader[T]) -> Iterator[T]:
+    """Its iterator. Until its processes have handlers of their own, signals wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -28,11 +28,13 @@ class Mask:
     `hidden` is [B,U] bool. `ids_keep` is [B,V] int64: the visible units in the order in which the encoder
     processes them, or None where images keep different numbers (then the mask can fill, not drop).
     `ids_restore` [B,U] gives, for each unit in raster order, its place in the sequence (visible units, then hidden).
+    `ragged`: what `places` is, kept where images keep different numbers.
     """
 
     hidden: Tensor
     ids_keep: Tensor | None = None
     ids_restore: Tensor | None = None
+    ragged: Tensor | None = None
 
     @staticmethod
     def from_noise(noise: Tensor, ratio: float) -> Mask:
@@ -42,7 +44,7 @@ class Mask:
     @staticmethod
     def from_order(ids_shuffle: Tensor, keep: int) -> Mask:
         """From permutations [B,U]: the first `keep` units stay visible, in that order."""
-        ids_restore = ids_shuffle.argsort(dim=1)
+        ids_restore = _inverse(ids_shuffle)
         return Mask(ids_restore >= keep, ids_shuffle[:, :keep], ids_restore)
 
     @staticmethod
@@ -50,10 +52,10 @@ class Mask:
         """From [B,U] bool. Visible units keep raster order; `ids_keep` is None where images differ in their number."""
         counts = hidden.sum(dim=1)
         if hidden.shape[0] and not bool((counts == counts[0]).all()):
-            return Mask(hidden)
+            return Mask(hidden, ragged=hidden.flatten().nonzero()[:, 0])
         ids_shuffle = hidden.to(torch.uint8).argsort(dim=1, stable=True)
         keep = hidden.shape[1] - int(counts[0]) if hidden.shape[0] else 0
-        return Mask(hidden, ids_shuffle[:, :keep], ids_shuffle.argsort(dim=1))
+        return Mask(hidden, ids_shuffle[:, :keep], _inverse(ids_shuffle))
 
     @property
     def order(self) -> Tensor:
@@ -66,6 +68,16 @@ class Mask:
         """The hidden units [B,U-V], in the order in which they follow the visible ones."""
         assert self.ids_keep is not None, "this mask keeps different numbers of units per image"
         return self.order[:, self.ids_keep.shape[1] :]
+
+    @property
+    def places(self) -> Tensor:
+        """All hidden units of the batch [M], numbered through it: those of image b from b U on. Their number is known
+        before a device has worked it out, for which `x[hidden]` would wait.
+        """
+        if self.ids_keep is None:
+            return self.hidden.flatten().nonzero()[:, 0] if self.ragged is None else self.ragged
+        B, U = self.hidden.shape
+        return (self.ids_hidden + U * torch.arange(B, device=self.hidden.device)[:, None]).flatten()
 
     def complement(self) -> Mask:
         """The mask that hides exactly what this one shows (MIM-HD's second view); units keep their order."""
@@ -97,8 +109,15 @@ class Mask:
         return self._map(Tensor.pin_memory)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Mask:
-        keep, restore = (None if t is None else f(t) for t in (self.ids_keep, self.ids_restore))
-        return Mask(f(self.hidden), keep, restore)
+        others = (self.ids_keep, self.ids_restore, self.ragged)
+        return Mask(f(self.hidden), *(None if t is None else f(t) for t in others))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Of permutations [B,U]."""
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
 
 
 def visible_units(units: int, ratio: float) -> int:

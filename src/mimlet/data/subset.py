@@ -70,7 +70,7 @@ def _place_in_class(ids: NDArray[np.int64], noise: NDArray[np.float64]) -> NDArr
 
 
 def _listed(path: str, names: Iterable[str]) -> NDArray[np.int64]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         wanted = {line.strip() for line in file} - {""}
     found: set[str] = set()
     chosen: list[int] = []

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
 from mimlet.config import AugmentSettings
 from mimlet.data.augment import resized_crop
+from mimlet.data.pixels import Pixels, as_pillow, planes, whole
 from mimlet.errors import ConfigError
 
 SOLARIZE_FROM = 128
@@ -48,9 +47,9 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Pixels) -> Tensor:
         """A decoded RGB image -> uint8 [3,S,S]. All randomness is torch's."""
-        pixels = resized_crop(image, self.size, self.scale, self.ratio, self.interpolation)
+        pixels = planes(resized_crop(image, self.size, self.scale, self.ratio, self.interpolation))
         if _chance(self.jitter_p):
             pixels = _jittered(pixels, *self.jitter)
         if _chance(self.gray_p):
@@ -71,7 +70,7 @@ class Views:
 
     views: Mapping[str, View]
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, image: Pixels) -> dict[str, Tensor]:
         """A decoded RGB image -> its views, uint8 [3,S,S], S of each its own."""
         return {name: view(image) for name, view in self.views.items()}
 
@@ -123,9 +122,8 @@ def _jittered(pixels: Tensor, brightness: float, contrast: float, saturation: fl
     """torchvision's ColorJitter, on a Pillow image."""
     spans = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast, saturation)]
     order, *factors = ColorJitter.get_params(*spans, (-hue, hue))
-    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    image = as_pillow(pixels)
     changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for i in order:
         image = changes[i](image, factors[i])
-    jittered: Tensor = F.pil_to_tensor(image)
-    return jittered
+    return planes(whole(image))
