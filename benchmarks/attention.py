@@ -17,16 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimlet.models.parts import attention_logits
+from mimlet.hardware import keep_freed_memory
+from mimlet.models import parts
+from mimlet.models.parts import attend, split_heads
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention_logits(q, k).softmax(-1) @ v
+def fused(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
-def seconds(kernel: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: Tensor) -> float:
+def explicit(qkv: Tensor) -> Tensor:
+    return attend(*split_heads(qkv))
+
+
+def seconds(kernel: Callable[[Tensor], Tensor], qkv: Tensor) -> float:
     start = time.perf_counter()
-    torch.autograd.backward(kernel(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).sum())
+    torch.autograd.backward(kernel(qkv).sum())
     if qkv.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -38,6 +45,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
+    keep_freed_memory()
+    parts.attention_kernel = lambda device, dtype, tokens: "explicit"
     print("heads width tokens type      fused ms  explicit ms  ratio")
     for heads, width in ((12, 16), (3, 32), (6, 64), (12, 64)):
         for tokens in (17, 50, 65, 197, 577):
@@ -47,11 +56,11 @@ def main() -> None:
                 ).requires_grad_()
                 taken: dict[str, list[float]] = {"fused": [], "explicit": []}
                 for _ in range(arguments.rounds + 2):
-                    taken["fused"].append(seconds(F.scaled_dot_product_attention, qkv))
+                    taken["fused"].append(seconds(fused, qkv))
                     taken["explicit"].append(seconds(explicit, qkv))
-                fused, plain = (statistics.median(times[2:]) for times in taken.values())
+                whole, plain = (statistics.median(times[2:]) for times in taken.values())
                 kind = str(dtype).removeprefix("torch.")
-                measured = f"{1000 * fused:8.2f}{1000 * plain:13.2f}{fused / plain:7.2f}"
+                measured = f"{1000 * whole:8.2f}{1000 * plain:13.2f}{whole / plain:7.2f}"
                 print(f"{heads:5} {width:5} {tokens:6} {kind:9}{measured}")
 
 

@@ -1,17 +1,21 @@
 """Training steps of peer libraries, and what every contender is made with.
 
 Each factory takes (batch, bf16, ...) and returns a function that does one whole step (forward, backward, optimiser) on
-random images and returns the loss. Here: MAE, ViT-Tiny/16 with 12 heads, 224 px, mask 0.75, decoder 1 x 96 x 3,
-normalised pixel target, AdamW.
+random images and returns the loss. Here: MAE at the sizes of a case, 224 px, mask 0.75, normalised pixel target,
+AdamW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from benchmarks.plain import Case
 
 Step = Callable[[], float]
 SIZE, PATCH, RATIO = 224, 16, 0.75
@@ -46,33 +50,45 @@ def trainer(
     return step
 
 
-def transformers_mae(batch: int, bf16: bool) -> Step:
+def transformers_model(case: Case) -> nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+    student, decoder = case.student, case.student_decoder
     config = ViTMAEConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=12, intermediate_size=768,
-        image_size=SIZE, patch_size=PATCH, mask_ratio=RATIO, norm_pix_loss=True,
-        decoder_hidden_size=96, decoder_num_hidden_layers=1, decoder_num_attention_heads=3,
-        decoder_intermediate_size=384,
+        hidden_size=student.dim, num_hidden_layers=student.depth, num_attention_heads=student.heads,
+        intermediate_size=4 * student.dim, image_size=case.size, patch_size=case.patch, mask_ratio=RATIO,
+        norm_pix_loss=True, decoder_hidden_size=decoder.dim, decoder_num_hidden_layers=decoder.depth,
+        decoder_num_attention_heads=decoder.heads, decoder_intermediate_size=4 * decoder.dim,
     )  # fmt: skip
-    model, pixels = ViTMAEForPreTraining(config), images(batch)
-    model.train()
+    model: nn.Module = ViTMAEForPreTraining(config).train()
+    return model
+
+
+def transformers_mae(batch: int, bf16: bool, case: Case) -> Step:
+    model, pixels = transformers_model(case), images(batch, case.size)
     return trainer(model, lambda: model(pixels).loss, bf16, fused=False)
 
 
-def lightly_mae(batch: int, bf16: bool) -> Step:
+def lightly_mae(batch: int, bf16: bool, case: Case) -> Step:
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-    from timm.models.vision_transformer import vit_tiny_patch16_224
+    from timm.models.vision_transformer import VisionTransformer
+
+    student, deep = case.student, case.student_decoder
 
     class MAE(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = MaskedVisionTransformerTIMM(vit=vit_tiny_patch16_224(num_heads=12))
+            vit = VisionTransformer(
+                case.size, case.patch, num_classes=0, embed_dim=student.dim, depth=student.depth,
+                num_heads=student.heads,
+            )  # fmt: skip
+            self.backbone = MaskedVisionTransformerTIMM(vit=vit)
             self.length = self.backbone.sequence_length
             self.decoder = MAEDecoderTIMM(
-                num_patches=self.length - 1, patch_size=PATCH, embed_dim=192, decoder_embed_dim=96, decoder_depth=1,
-                decoder_num_heads=3, mlp_ratio=4.0, proj_drop_rate=0.0, attn_drop_rate=0.0,
+                num_patches=self.length - 1, patch_size=case.patch, embed_dim=student.dim, decoder_embed_dim=deep.dim,
+                decoder_depth=deep.depth, decoder_num_heads=deep.heads, mlp_ratio=4.0, proj_drop_rate=0.0,
+                attn_drop_rate=0.0,
             )  # fmt: skip
 
         def forward(self, pixels: Tensor) -> Tensor:
@@ -81,9 +97,9 @@ def lightly_mae(batch: int, bf16: bool) -> Step:
             masked = utils.repeat_token(self.decoder.mask_token, (batch, self.length))
             masked = utils.set_at_index(masked, keep, encoded.type_as(masked))
             prediction = self.decoder.predict(utils.get_at_index(self.decoder.decode(masked), hide))
-            target = utils.get_at_index(utils.patchify(pixels, PATCH), hide - 1)
+            target = utils.get_at_index(utils.patchify(pixels, case.patch), hide - 1)
             loss: Tensor = F.mse_loss(prediction, utils.normalize_mean_var(target, dim=-1))
             return loss
 
-    model, pixels = MAE(), images(batch)
+    model, pixels = MAE(), images(batch, case.size)
     return trainer(model, lambda: model(pixels), bf16, fused=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contenders import RATIO, Step, images, trainer
 from benchmarks.plain import Case, fill, noises
@@ -15,6 +17,7 @@ from benchmarks.plain_hierarchical import FEATURE_WEIGHT, FOLLOW, Hierarchical, 
 from mimlet.config import validate
 from mimlet.data.batch import Batch
 from mimlet.data.masks import Mask
+from mimlet.hardware import keep_freed_memory
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.beit import BEiT
 from mimlet.methods.itpn import ITPN
@@ -23,6 +26,7 @@ from mimlet.methods.settings import METHODS, BEiTSettings, DecoderSettings, Mask
 from mimlet.models.build import build_encoder, encoder_of
 from mimlet.models.decoders import Decoder, make_decoder
 from mimlet.models.hivit import HiViT
+from mimlet.models.linear import linear
 from mimlet.models.shapes import HieraShape, ViTShape
 from mimlet.models.teacher import Teacher, Teachers
 from mimlet.models.tokenizer import Tokenizer
@@ -32,17 +36,72 @@ from mimlet.train.optim import follow
 CLOCK = Clock(0, 1, 1, 0)
 
 
-def mimlet_mae(batch: int, bf16: bool) -> Step:
-    encoder = ViT(ViTShape())
-    method = MAE(encoder, build_decoder(encoder, DecoderSettings()))
-    pixels = images(batch)
+def train(
+    made: Method,
+    loss: Callable[[], Tensor],
+    bf16: bool,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
+) -> Step:
+    """A step as our loop does it."""
+    keep_freed_memory()
+    return trainer(made, loss, bf16, True, before, after)
 
-    def loss() -> Tensor:
-        mask = Mask.from_noise(torch.rand(batch, encoder.units), RATIO)
-        losses: dict[str, Tensor] = method(Batch({"image": pixels}, torch.arange(batch), {"mask": mask}), CLOCK)
-        return losses["reconstruction"]
 
-    return trainer(method, loss, bf16, fused=True)
+def mae(case: Case) -> MAE:
+    encoder = ViT(ViTShape(case.size, case.patch, case.student.dim, case.student.depth, case.student.heads))
+    made = MAE(encoder, build_decoder(encoder, DecoderSettings(**asdict(case.student_decoder))), RATIO)
+    fill(made)
+    return made
+
+
+def products(batch: int, bf16: bool, case: Case) -> Step:
+    """Instead of a step: the products of a case's blocks alone, once forward, by the fastest kernel there is, with
+    nothing in between. Its number is how many GFLOP that is.
+    """
+    whole, visible = 1 + case.patches, 1 + round(case.patches * (1 - RATIO))
+    towers = [(case.student, visible), (case.student_decoder, whole)]
+    towers += [(case.teacher, visible)] * (case.method != "mae")
+    shapes = [
+        (batch * tokens, *widths)
+        for shape, tokens in towers
+        for widths in (
+            (shape.dim, 3 * shape.dim),
+            (shape.dim, shape.dim),
+            (shape.dim, 4 * shape.dim),
+            (4 * shape.dim, shape.dim),
+        )
+        for _ in range(shape.depth)
+    ]
+    kind = torch.bfloat16 if bf16 else torch.float32
+    made = {shape: (torch.randn(shape[:2], dtype=kind), torch.randn(shape[:0:-1], dtype=kind)) for shape in shapes}
+
+    def once() -> float:
+        with torch.no_grad():
+            for shape in shapes:
+                linear(*made[shape])
+        return sum(2e-9 * rows * inner * outer for rows, inner, outer in shapes)
+
+    return once
+
+
+def work(case: Case) -> float:
+    """GFLOP of matrix products that a step of ours does for one image, counted in bf16, where attention is explicit on
+    a CPU (fused kernels are not counted there).
+    """
+
+    def by_onednn(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * x.numel() * weight[0]
+
+    made = mae(case) if case.method == "mae" else method(case, bf16_teacher=True)
+    ready = batch_of(made, images(1, case.size), noises(1, case)())
+    kernels = {torch.ops.mkldnn._linear_pointwise: by_onednn}
+    with (
+        FlopCounterMode(display=False, custom_mapping=kernels) as counter,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        torch.autograd.backward(loss_of(made, ready))
+    return float(counter.get_total_flops()) / 1e9
 
 
 def settings(case: Case) -> dict[str, Any]:
@@ -100,8 +159,9 @@ def batch_of(method: Method, pixels: Tensor, noise: Tensor) -> Batch:
 
 
 def mimlet_step(batch: int, bf16: bool, case: Case) -> Step:
-    made, pixels, noise = method(case, bf16), images(batch, case.size), noises(batch, case)
-    return trainer(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, fused=True)
+    made = mae(case) if case.method == "mae" else method(case, bf16)
+    pixels, noise = images(batch, case.size), noises(batch, case)
+    return train(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16)
 
 
 class Given(Tokenizer):
@@ -188,7 +248,7 @@ def mimlet_baseline(batch: int, bf16: bool, case: Baseline) -> Step:
             follow(getattr(made, follower), getattr(made, leader), MOMENTUM[case.method])
         made.after_step(CLOCK)
 
-    return trainer(made, lambda: loss_of(made, ready), bf16, True, lambda: made.on_gradients(CLOCK), after)
+    return train(made, lambda: loss_of(made, ready), bf16, lambda: made.on_gradients(CLOCK), after)
 
 
 def hierarchical(case: Hierarchical) -> Method:
@@ -215,4 +275,4 @@ def mimlet_hierarchical(batch: int, bf16: bool, case: Hierarchical) -> Step:
         if case.features:
             follow(made.get_submodule("target"), made.encoder, FOLLOW)
 
-    return trainer(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, True, after=after)
+    return train(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16, after=after)

@@ -1,5 +1,5 @@
-"""The distillation methods written straight down: ordinary modules, every map formed and kept, the teacher run to its
-end.
+"""MAE and the distillation methods written straight down: ordinary modules, every map formed and kept, the teacher run
+to its end.
 
 Parts carry our names, and `fill` gives a parameter values that follow from its name and shape: so two formulations of
 a method have the same weights, and the same loss. Letters: B images, N patches, T tokens, D width, H heads, d head
@@ -193,6 +193,19 @@ class Decoder(nn.Module):
         return out
 
 
+class PlainMAE(nn.Module):
+    """MAE: no teacher."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.encoder, self.decoder = ViT(case.student, case), Decoder(case.student.dim, case.student_decoder, case)
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        keep, restore = masking(noise, 0.75)
+        return masked_error(self.decoder(self.encoder(pixels, keep), restore), pixels, keep, self.case.patch, True)
+
+
 class Plain(nn.Module):
     """Student and teacher; a subclass adds its parts and says its loss of pixels [B,3,h,w] and noise [B,N]."""
 
@@ -239,9 +252,7 @@ class PlainDMAE(Plain):
             self.teacher_encoder(pixels, keep)
         latent = self.encoder(pixels, keep)
         prediction: Tensor = self.decoder(self.decoder_input(latent), restore)
-        error = (prediction - target(pixels, self.case.patch, self.normalise)).square().mean(-1)
-        hidden = torch.ones_like(noise).scatter(1, keep, 0.0)
-        return (error * hidden).sum() / hidden.sum() + self.distance()
+        return masked_error(prediction, pixels, keep, self.case.patch, self.normalise) + self.distance()
 
     def decoder_input(self, latent: Tensor) -> Tensor:
         return latent
@@ -399,7 +410,8 @@ METHODS: dict[str, type[Plain]] = {
 
 
 def step(batch: int, bf16: bool, case: Case) -> Step:
-    model, pixels, noise = METHODS[case.method](case), images(batch, case.size), noises(batch, case)
+    made = PlainMAE if case.method == "mae" else METHODS[case.method]
+    model, pixels, noise = made(case), images(batch, case.size), noises(batch, case)
     fill(model)
     return trainer(model, lambda: model(pixels, noise()), bf16, fused=False)
 
@@ -425,6 +437,13 @@ def target(pixels: Tensor, patch: int, normalise: bool) -> Tensor:
     if not normalise:
         return patches
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def masked_error(prediction: Tensor, pixels: Tensor, keep: Tensor, patch: int, normalise: bool) -> Tensor:
+    """Mean squared error over the patches that are not kept; all are predicted."""
+    error = (prediction - target(pixels, patch, normalise)).square().mean(-1)
+    hidden = torch.ones_like(error).scatter(1, keep, 0.0)
+    return (error * hidden).sum() / hidden.sum()
 
 
 def relation(a: Tensor, b: Tensor) -> Tensor:

@@ -1,54 +1,73 @@
-"""Seconds per pre-training step and peak memory, ours beside peers.
+"""Seconds per pre-training step and peak memory, ours beside peers and the method written straight down, and the share
+of what this processor can do.
 
-    python -m benchmarks.pretrain_step [--batch 32] [--rounds 15]
+    python -m benchmarks.pretrain_step [--models mae_tiny d2mae] [--batch 32] [--rounds 15] [--threads 1]
 
-Every contender is a process of its own; steps alternate. Ratios carry over to other machines, seconds do not.
+Every contender is a process of its own; steps alternate. Ratios carry over to other machines, seconds do not: they are
+those of one processor, or of the clock with more --threads. GFLOP/s are the products that our step does (forward,
+backward and teacher; none is done twice) over a contender's seconds; the ceiling is what the products of the model's
+blocks reach in the same run with nothing in between (`ours.products`).
 """
 
 from __future__ import annotations
 
 import argparse
 
-from benchmarks.alternate import Job, measure
-from benchmarks.plain import Case
+from benchmarks.alternate import Job, Measured, measure
+from benchmarks.ours import work
+from benchmarks.plain import BASE, SMALL, TINY, Case, Shape
 
-MAE = [
-    Job(f"{name} {kind}", f"{'ours' if name == 'mimlet' else 'contenders'}:{name}_mae", kind == "bf16")
-    for kind in ("fp32", "bf16")
-    for name in ("mimlet", "transformers", "lightly")
-]
-D2MAE = [
-    Job("plain fp32", "plain:step", False, (Case("d2mae"),)),
-    Job("mimlet fp32, fp32 teacher", "ours:mimlet_step", False, (Case("d2mae"),)),
-    Job("mimlet bf16, bf16 teacher (default)", "ours:mimlet_step", True, (Case("d2mae"),)),
-]
+MODELS = {
+    "mae_tiny": Case("mae", TINY, student_decoder=Shape(96, 1, 3)),
+    "mae_small": Case("mae", SMALL, student_decoder=Shape(192, 1, 3)),
+    "mae_base": Case("mae", BASE, student_decoder=Shape(512, 8, 16)),
+    "d2mae": Case("d2mae", TINY, BASE, student_decoder=Shape(96, 1, 3)),
+}
+"""Decoders are MAE-lite's, that of Base is MAE's own. D²-MAE: ViT-Tiny with a ViT-Base teacher."""
+
+
+def contenders(case: Case, bf16: bool) -> list[Job]:
+    """Ours, the others and the ceiling."""
+    named = {"mimlet": "ours:mimlet_step", "plain": "plain:step"}
+    if case.method == "mae":
+        named |= {"transformers": "contenders:transformers_mae", "lightly": "contenders:lightly_mae"}
+    named["ceiling"] = "ours:products"
+    return [Job(label, contender, bf16, (case,)) for label, contender in named.items()]
+
+
+def table(results: dict[str, Measured], gflop: float) -> list[str]:
+    """A line per contender: seconds, how many times as long as ours, peak memory, GFLOP/s and share of the ceiling."""
+    ceiling = results["ceiling"].loss / results["ceiling"].median
+    ours = results["mimlet"].median
+    lines = [f"{'':14}{'s/step':>8}{'/ ours':>8}{'peak MB':>9}{'GFLOP/s':>9}{'share':>8}"]
+    for label, result in results.items():
+        if label != "ceiling":
+            rate = gflop / result.median
+            lines.append(
+                f"{label:14}{result.median:8.3f}{result.median / ours:8.2f}{result.memory:9.0f}{rate:9.0f}"
+                f"{rate / ceiling:8.0%}"
+            )
+    return [*lines, f"{'ceiling':14}{gflop / ceiling:8.3f}{gflop / ceiling / ours:8.2f}{'':9}{ceiling:9.0f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=("mae", "d2mae"))
-    arguments = parser.parse_args()
-    tables = {"MAE, ViT-Tiny/16, 224 px": MAE, "D²-MAE, ViT-Tiny with a ViT-Base teacher": D2MAE}
-    for (title, jobs), key in zip(tables.items(), ("mae", "d2mae"), strict=True):
-        if arguments.only in (None, key):
-            report(title, jobs, arguments.batch, arguments.rounds)
-
-
-def report(title: str, jobs: list[Job], batch: int, rounds: int) -> None:
-    results = measure(jobs, batch, rounds)
-    print(f"\n{title}, batch {batch}, medians of {rounds} alternating steps")
-    print(f"{'':38}{'s/step':>8}{'peak MB':>9}  times as long as ours")
-    for job in jobs:
-        result = results[job.label]
-        own = [
-            other for other in jobs if other.contender.startswith("ours") and (other.bf16 == job.bf16 or len(jobs) == 3)
-        ]
-        ratios = ", ".join(
-            f"{result.median / results[other.label].median:.2f} ({other.label})" for other in own if other is not job
-        )
-        print(f"{job.label:38}{result.median:8.3f}{result.memory:9.0f}  {ratios}")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without", nargs="*", default=[], help="contenders that are not installed")
+    given = parser.parse_args()
+    for model in given.models:
+        case, medians = MODELS[model], {}
+        gflop = given.batch * work(case)
+        for bf16 in (False, True):
+            jobs = [job for job in contenders(case, bf16) if job.label not in given.without]
+            results = measure(jobs, given.batch, given.rounds, threads=given.threads)
+            medians[bf16] = {label: result.median for label, result in results.items()}
+            print(f"\n{model}, {'bf16' if bf16 else 'fp32'}, batch {given.batch}, {gflop:.1f} GFLOP per step")
+            print("\n".join(table(results, gflop)), flush=True)
+        print(f"plain fp32 / mimlet bf16: {medians[False]['plain'] / medians[True]['mimlet']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,34 @@
 
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from benchmarks import dense_speed, hierarchical_step, ours, plain, plain_baselines, plain_hierarchical
+from benchmarks import (
+    contenders,
+    dense_speed,
+    formats,
+    hierarchical_step,
+    loader,
+    ours,
+    plain,
+    plain_baselines,
+    plain_hierarchical,
+    pretrain_step,
+)
 from benchmarks.alternate import Job, Measured
 from benchmarks.contenders import images
 from benchmarks.dense_speed import Dense
 from benchmarks.plain import Case, Shape
 from benchmarks.plain_baselines import BASELINES, Baseline
 from benchmarks.plain_hierarchical import Hierarchical
+from mimlet.data import packing
 from mimlet.models.shapes import HieraShape, HiViTShape
+from tests.data.images import make_folder
 
 BATCH = 2
 SIZES = {
@@ -59,6 +73,54 @@ def test_ours_and_the_plain_formulation_have_one_loss_and_one_gradient(method: s
 def test_in_bf16_they_stay_together(method: str) -> None:
     our_loss, _, plain_loss, _ = both(method, bf16=True)
     assert_close(our_loss, plain_loss, rtol=0.03, atol=0.0)
+
+
+MAE = Case("mae", Shape(48, 3, 6), student_decoder=Shape(32, 2, 4), size=32, patch=8)
+
+
+def test_mae_and_the_plain_formulation_train_alike() -> None:
+    steps = {job.label: job for job in pretrain_step.contenders(MAE, False)}
+    mine, written = (run(steps[name], 3) for name in ("mimlet", "plain"))
+    assert mine == pytest.approx(written, rel=1e-5)
+    assert len(set(mine)) == 3
+
+
+def test_all_maes_are_as_large() -> None:
+    pytest.importorskip("transformers")
+    models = ours.mae(MAE), plain.PlainMAE(MAE), contenders.transformers_model(MAE)
+    sizes = {sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models}
+    assert len(sizes) == 1
+    assert contenders.transformers_mae(BATCH, True, MAE)() > 0
+
+
+def test_the_work_of_a_step_by_hand() -> None:
+    """One block of width 8 each, over the class token and one of 4 visible patches, then 5 tokens: 2 FLOP per
+    multiplication, backward twice forward; images need no gradient.
+    """
+    case = Case("mae", Shape(8, 1, 2), student_decoder=Shape(8, 1, 2), size=16, patch=8)
+    embed, mapped = 1 * 192 * 8, 2 * 8 * 8
+    encoder = 2 * 12 * 8 * 8 + 2 * 2 * 2 * 8
+    decoder = 3 * 8 * 8 + 5 * 2 * 8 * 8 + 3 * 9 * 8 * 8 + 2 * 3 * 5 * 8  # queries and MLP of the 3 hidden patches only
+    prediction = 3 * 8 * 192
+    expected = 2 * (2 * embed + 3 * (encoder + mapped + decoder + prediction))
+    assert ours.work(case) * 1e9 == pytest.approx(expected)
+    deeper = [ours.work(Case("d2mae", **{**SIZES, "teacher": Shape(64, depth, 4)})) for depth in (4, 5)]
+    assert (deeper[1] - deeper[0]) * 1e9 == pytest.approx(2 * (5 * 12 * 64 * 64 + 2 * 5 * 5 * 64))  # forward only
+
+
+def test_the_ceiling_does_the_products_of_the_blocks() -> None:
+    case = Case("mae", Shape(8, 2, 2), student_decoder=Shape(4, 1, 2), size=16, patch=8)
+    gflop = ours.products(3, True, case)()
+    assert gflop == pytest.approx(2e-9 * 3 * (2 * 2 * 12 * 8 * 8 + 5 * 12 * 4 * 4))
+
+
+def test_a_table_of_steps() -> None:
+    seconds = {"mimlet": 2.0, "plain": 5.0, "ceiling": 0.5}
+    results = {label: Measured([value], 300.0, 50.0) for label, value in seconds.items()}
+    lines = [line.split() for line in pretrain_step.table(results, gflop=100.0)]
+    assert lines[1] == ["mimlet", "2.000", "1.00", "300", "50", "50%"]
+    assert lines[2] == ["plain", "5.000", "2.50", "300", "20", "20%"]
+    assert lines[3] == ["ceiling", "1.000", "0.50", "100"]
 
 
 def both_baselines(method: str, bf16: bool) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
@@ -188,3 +250,35 @@ def test_a_dense_pass_and_its_table() -> None:
         "change_fine": 0.1, "change_middle": 0.2, "change_coarse": 0.3,
     }  # fmt: skip
     assert dense_speed.lines(rows)[2].split() == ["window", "4.00", "2.00", "150", "0.50", "0.100", "0.200", "0.300"]
+
+
+def test_formats_hold_the_same_records(tmp_path: Path) -> None:
+    """Those whose libraries are installed for tests."""
+    photos = make_folder(tmp_path / "photos")
+    packing.pack(photos, tmp_path / "raw", form="raw", side=12, workers=0)
+    records = formats.Images(str(tmp_path / "raw"))
+    for name, each in formats.FORMATS.items():
+        if each.needs in ("mimlet", "pyarrow"):
+            folder = tmp_path / name
+            folder.mkdir()
+            small = [bytes([k] * 8) for k in range(12)] if each.needs == "mimlet" else list(records)
+            each.write(small, folder)
+            read = each.open(folder)
+            assert [bytes(read(i)) for i in (11, 0, 5)] == [small[i] for i in (11, 0, 5)]
+
+
+def test_loaders_give_whole_batches(tmp_path: Path) -> None:
+    """Of the images that were written, by every contender; what is left to the device can be made."""
+    photos = loader.write(tmp_path / "photos", loader.pictures([], 4, (40, 30)), "jpg", quality=95)
+    folders = {"jpeg": str(tmp_path / "jpeg"), "raw": str(tmp_path / "raw")}
+    packing.pack(photos, folders["jpeg"], form="jpeg", side=24, workers=0)
+    packing.pack(photos, folders["raw"], form="raw", side=24, workers=0)
+    jobs = loader.photos_jobs(photos, **folders)
+    assert len({job.label for job in jobs}) == len(jobs) >= 10
+    for job in jobs:
+        module, _, name = job.contender.partition(":")
+        step = getattr(import_module(f"benchmarks.{module}"), name)(4, False, *job.options)
+        assert [step(), step()] == [4.0, 4.0]
+    assert 0 <= loader.render(4, False, folders["raw"], 0.4)() <= 255
+    again = loader.write(tmp_path / "again", loader.pictures([photos], 2, (20, 30)), "png")
+    assert len(list(Path(again).rglob("*.png"))) == 2

@@ -13,10 +13,11 @@ needs_onednn = pytest.mark.skipif(
 
 @needs_onednn
 @pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("out", [8, 20])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_onednn_equals_torch_in_value_and_gradients(shape: tuple[int, ...], with_bias: bool) -> None:
-    x, weight = torch.randn(shape, requires_grad=True), torch.randn(8, 12, requires_grad=True)
-    bias = torch.randn(8, requires_grad=True) if with_bias else None
+def test_onednn_equals_torch_in_value_and_gradients(shape: tuple[int, ...], out: int, with_bias: bool) -> None:
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(out, 12, requires_grad=True)
+    bias = torch.randn(out, requires_grad=True) if with_bias else None
     inputs = [t for t in (x, weight, bias) if t is not None]
     ours, theirs = onednn_linear(x, weight, bias), F.linear(x, weight, bias)
     assert_close(ours, theirs)
@@ -56,6 +57,23 @@ def test_layer_is_torchs_where_the_other_kernel_is_not_for(monkeypatch: pytest.M
         assert layer.float()(x).dtype == torch.bfloat16
     monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@needs_onednn
+@pytest.mark.parametrize("gelu", [False, True])
+def test_frozen_bf16_weights_take_the_other_kernel_only_without_gradient(
+    gelu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias, run = torch.randn(8, 12).bfloat16(), torch.randn(8).bfloat16(), linear_gelu if gelu else linear
+    x = torch.randn(2, 5, 12)
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(x, weight, bias)
+        monkeypatch.setattr(F, "linear", lambda *_: pytest.fail("the slower kernel"))
+        with torch.no_grad():
+            got = run(x, weight, bias)
+    assert got.dtype == torch.bfloat16
+    assert_close(got, expected, rtol=0.01, atol=0.01)
 
 
 def test_a_pytorch_without_the_kernel_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -25,6 +26,8 @@ from mimlet.models.parts import (
     relative_index,
     resize_positions,
     sincos_positions,
+    split_heads,
+    take_patches,
 )
 
 CPU = torch.device("cpu")
@@ -123,10 +126,50 @@ def test_fused_attention_equals_explicit(width: int, biased: bool) -> None:
 
 
 def test_kernel_follows_device_and_type() -> None:
-    assert attention_kernel(CPU, torch.float32, 50) == "fused"
-    assert attention_kernel(CPU, torch.bfloat16, 50) == "explicit"
+    assert attention_kernel(CPU, torch.float32, 50) == "explicit"
+    assert attention_kernel(CPU, torch.float32, 197) == "fused"
+    assert attention_kernel(CPU, torch.float64, 50) == "fused"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_kernel(CPU, torch.float32, 50) == "fused"
+    assert attention_kernel(CPU, torch.bfloat16, 197) == "explicit"
     assert attention_kernel(CPU, torch.bfloat16, 2048) == "fused"
     assert attention_kernel(torch.device("cuda"), torch.bfloat16, 50) == "fused"
+
+
+@pytest.mark.parametrize("queries", [7, 3])
+def test_explicit_attention_and_its_heads_have_the_gradients_of_autograd(queries: int) -> None:
+    joined = torch.randn(2, 7, 3, 4, 8, requires_grad=True)
+
+    def attended(split: Callable[[Tensor], tuple[Tensor, ...]], attend: Callable[..., Tensor]) -> Tensor:
+        q, k, v = split(joined)
+        return attend(q[:, :, :queries], k, v)
+
+    ours = attended(split_heads, attend)
+    theirs = attended(
+        lambda x: x.permute(2, 0, 3, 1, 4).unbind(0), lambda q, k, v: attention_logits(q, k).softmax(-1) @ v
+    )
+    assert_close(ours, theirs)
+    direction = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(out, joined, direction)[0] for out in (ours, theirs)]
+    assert_close(*gradients)
+
+
+def test_heads_that_nobody_asked_for_a_gradient() -> None:
+    joined = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(split_heads(joined)[1].sum(), joined)
+    assert torch.equal(gradient, torch.tensor([0.0, 1, 0]).view(3, 1, 1).expand_as(joined))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_patches_are_taken_in_the_order_of_their_numbers(last: bool) -> None:
+    images, ids = torch.randn(2, 3, 8, 12), torch.tensor([[5, 0, 3], [1, 1, 4]])
+    tiles = images.view(2, 3, 2, 4, 3, 4).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [2,6,3,4,4]
+    expected = torch.stack([tiles[i, ids[i]] for i in range(2)])
+    if last:
+        taken = take_patches(images.permute(0, 2, 3, 1).reshape(2, 1, 8, 3, 12), 4, ids)
+        assert torch.equal(taken, expected.permute(0, 1, 3, 4, 2).flatten(2))
+    else:
+        assert torch.equal(take_patches(images.unflatten(-1, (-1, 4)), 4, ids), expected.flatten(2))
 
 
 def test_attention_in_bf16_equals_fp32() -> None:

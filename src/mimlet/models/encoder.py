@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimlet.data.masks import Mask
 from mimlet.errors import ConfigError
@@ -34,6 +36,7 @@ class Encoder(nn.Module, ABC):
     - `stages`: width by stride in px of the maps that `Taps.stages` gives; `levels`: the same of the pyramid. Empty
       where there are none.
     - `decodes`: what a decoder of pixels reads: the final tokens, or the stages or levels of each patch.
+    - `checkpointing`: whether `run` forgets what blocks compute inside.
     - `norm`: what the last block's output passes to become `Features.tokens`; classifiers with mean pooling skip it.
     """
 
@@ -52,6 +55,7 @@ class Encoder(nn.Module, ABC):
     levels: dict[int, int]
     fills: tuple[int, ...] = ()
     decodes: Literal["tokens", "stages", "levels"] = "tokens"
+    checkpointing: bool = False
     family: ClassVar[str]
 
     @abstractmethod
@@ -65,6 +69,15 @@ class Encoder(nn.Module, ABC):
         """The layer of a parameter of this encoder for layer-wise decay of the learning rate: 0 for embeddings and
         positions, k for block k, depth + 1 for what comes after.
         """
+
+    def run(self, part: Callable[..., Tensor], *x: Any) -> Tensor:
+        """What a block, or another part of the encoder, makes of `x`. With `checkpointing`, what it computes inside is
+        computed again in the backward pass instead of being kept (Chen et al. 2016), with the same random numbers.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(part, *x, use_reentrant=False)
+            return out
+        return part(*x)
 
     @property
     def normed_dims(self) -> tuple[int, ...]:

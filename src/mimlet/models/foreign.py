@@ -9,7 +9,6 @@ with them. As soon as all that was asked for is there, the model is stopped.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
@@ -38,8 +37,10 @@ from mimlet.models.weights import (
     create_timm,
     first_line,
     open_checkpoint,
+    read_tensors,
     triple,
 )
+from mimlet.untrusted import parse_json
 
 CLASS_TOKENS = ("cls_token", "class_embedding")
 OTHER_TOKENS = ("dist_token", "distillation_token", "reg_token", "register_tokens")
@@ -361,6 +362,7 @@ def open_teacher(source: str) -> Checkpoint | Foreign:
     if not folder.is_dir() or (folder / ENCODER_FILE).is_file():
         return open_checkpoint(source)
     description = _description(folder)
+    _check_folder(folder, description)
     if "model_type" in description:
         return _from_transformers(source, source)
     if "architecture" in description:
@@ -450,10 +452,26 @@ def _nothing_hidden(sequence: Tensor, noise: Tensor | None = None) -> tuple[Tens
 
 def _description(folder: Path) -> Mapping[str, Any]:
     try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        description = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return description if isinstance(description, dict) else {}
+
+
+def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
+    """Refuses a folder from which another library would fetch or run code: a kernel that the description names (a
+    repository instead of `sdpa` or `eager`), or pickled weights with more in them than tensors.
+    """
+    sections = [description, *(value for value in description.values() if isinstance(value, dict))]
+    for name, value in ((name, value) for section in sections for name, value in section.items()):
+        if name.endswith("attn_implementation") and value not in (None, "eager", "sdpa"):
+            raise WeightsError(
+                f"{folder}/config.json asks for {name} {value!r}, which may be code from elsewhere: refused. "
+                "Remove that line, if you trust its origin"
+            )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt") and file.is_file():
+            read_tensors(file)
 
 
 def _square(size: Any, source: str) -> int:

@@ -325,7 +325,7 @@ class Hiera(Encoder):
             if number > whole and not (attention or qkv or normed):
                 break
             if not (attention or qkv or normed):
-                x = block(x)
+                x = self.run(block, x)
             else:
                 y = block.norm1(x)
                 if normed:

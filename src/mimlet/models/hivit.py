@@ -322,7 +322,7 @@ class HiViT(Encoder, Pyramid, Windows):
                     if not self._last(taps) > number:
                         return ends
                 number += 1
-            x = member(x)
+            x = self.run(member, x)
             if isinstance(member, MlpBlock) and number in taps.hidden:
                 out.hidden[number] = x.flatten(1, 3)
         return [*ends, x]
@@ -336,25 +336,36 @@ class HiViT(Encoder, Pyramid, Windows):
             assert isinstance(block, Block)
             if not self._goes_on(number - 1, taps):
                 break
-            y = block.norm1(x)
-            attention, qkv = number in taps.attention, number in taps.qkv
-            if number - 1 in taps.normed:
-                out.normed[number - 1] = y
-            if number > last and not (attention or qkv):
-                break
-            q, k, v = block.attn.project(y)
-            bias = self._bias(block.attn, q, index, grid, ids)
-            if qkv:
-                out.qkv[number] = (q, k, v)
-            if attention:
-                out.attention[number] = attention_logits(q, k, bias)
-            if number > last:
-                break
-            heads = out.attention[number].softmax(dim=-1) @ v if attention else attend(q, k, v, bias)
-            x = block.add_mlp(block.add_attention(x, block.attn.output(heads)))
+            attention, qkv, normed = number in taps.attention, number in taps.qkv, number - 1 in taps.normed
+            if not (attention or qkv or normed):
+                x = self.run(self._untapped, block, x, index, grid, ids)
+            else:
+                y = block.norm1(x)
+                if normed:
+                    out.normed[number - 1] = y
+                if number > last and not (attention or qkv):
+                    break
+                q, k, v = block.attn.project(y)
+                bias = self._bias(block.attn, q, index, grid, ids)
+                if qkv:
+                    out.qkv[number] = (q, k, v)
+                if attention:
+                    out.attention[number] = attention_logits(q, k, bias)
+                if number > last:
+                    break
+                heads = out.attention[number].softmax(dim=-1) @ v if attention else attend(q, k, v, bias)
+                x = block.add_mlp(block.add_attention(x, block.attn.output(heads)))
             if number in taps.hidden:
                 out.hidden[number] = x
         return x
+
+    def _untapped(
+        self, block: Block, x: Tensor, index: Tensor | None, grid: tuple[int, int], ids: Tensor | None
+    ) -> Tensor:
+        """A block of stage 3 of which nothing is tapped, see `_stage3`."""
+        q, k, v = block.attn.project(block.norm1(x))
+        heads = attend(q, k, v, self._bias(block.attn, q, index, grid, ids))
+        return block.add_mlp(block.add_attention(x, block.attn.output(heads)))
 
     def _dense_stage3(self, x: Tensor, grid: tuple[int, int], taps: Taps, out: Features) -> Tensor:
         """The same for all patches, with windows or migration. Taps show the whole grid: tokens that have left, as they

@@ -6,11 +6,12 @@ Letters: B images, T tokens, D width, H heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mimlet.models.linear import Linear, LinearGelu, linear, linear_gelu
 
@@ -49,11 +50,26 @@ def resize_positions(
     return torch.cat([head, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
-def attention_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Literal["fused", "explicit"]:
-    """Which attention is faster here: fused, but for bf16 on a CPU up to 577 tokens, where the fused kernel is up to 7
-    times slower and never faster (benchmarks/attention.py; longer sequences were not measured).
+def take_patches(lines: Tensor, patch: int, ids: Tensor) -> Tensor:
+    """Patches `ids` [B,M] (raster order) of planes [B,n,h,w/p,l], in which l numbers lie together in a line of a patch:
+    [B,M,n*p*l], plane by plane, line by line. Lines move as they are, on a CPU in a quarter of the time that indexing
+    of whole tiles takes.
     """
-    return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 and tokens <= 577 else "fused"
+    B, planes, height, columns, length = lines.shape
+    of_plane = torch.arange(B * planes, device=ids.device).view(B, 1, planes, 1) * height
+    of_patch = (ids // columns)[:, :, None, None] * patch + torch.arange(patch, device=ids.device)
+    rows = (of_plane + of_patch) * columns + (ids % columns)[:, :, None, None]
+    return lines.reshape(-1, length).index_select(0, rows.flatten()).view(*ids.shape, -1)
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Literal["fused", "explicit"]:
+    """Which attention is faster here: fused, but on a CPU for bf16 up to 577 tokens, where the fused kernel is up to 8
+    times slower, and for float32 up to 64 (benchmarks/attention.py; longer sequences in bf16 were not measured). Fused
+    also takes float32 under autocast, which casts it.
+    """
+    longest = 577 if dtype == torch.bfloat16 else 64 if dtype == torch.float32 else 0
+    cast = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
+    return "explicit" if device.type == "cpu" and tokens <= longest and not cast else "fused"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +78,57 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if attention_kernel(q.device, q.dtype, k.shape[-2]) == "fused":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    if bias is None and not torch.compiler.is_compiling():
+        out: Tensor = _Attend.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return out
     return attention_logits(q, k, bias).softmax(dim=-1) @ v
+
+
+class _Attend(torch.autograd.Function):
+    """Explicit attention that makes nothing twice: the logits are not kept, nothing is copied for a product, and the
+    softmax is float32 in bf16 too, which PyTorch does twice as fast.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *qkv: Tensor) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in qkv)
+        q = q * q.shape[-1] ** -0.5
+        weights = torch.bmm(q, k.mT).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        return torch.bmm(weights, v).view_as(qkv[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        lead, gradient = gradient.shape[:2], gradient.flatten(0, 1)
+        for_logits = torch.ops.aten._softmax_backward_data(torch.bmm(gradient, v.mT), weights, -1, weights.dtype)
+        for_q = torch.bmm(for_logits, k).mul_(q.shape[-1] ** -0.5)
+        gradients = for_q, torch.bmm(for_logits.mT, q), torch.bmm(weights.mT, gradient)
+        return tuple(x.view(*lead, *x.shape[1:]) for x in gradients)
+
+
+def split_heads(x: Tensor) -> tuple[Tensor, ...]:
+    """[B,T,n,H,d] -> n tensors [B,H,T,d]; on a CPU each in one piece, so that no product has to copy it."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        parts: tuple[Tensor, ...] = _SplitHeads.apply(x)  # type: ignore[no-untyped-call]
+        return parts
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = x.shape
+        return tuple(part.transpose(1, 2).contiguous() for part in x.unbind(2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        joined = gradients[0].new_empty(ctx.shape)
+        for i, part in enumerate(gradients):
+            joined[:, :, i] = part.transpose(1, 2)
+        return joined
 
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -146,13 +212,8 @@ class SelfAttention(nn.Module):
         self.rel_pos_w: nn.Parameter | None = None
 
     def project(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
-        """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]."""
-        dim = x.shape[-1]
-        weight, bias = self._projection()
-        if parts < 3:
-            weight, bias = weight[: parts * dim], bias[: parts * dim]
-        out = linear(x, weight, bias).view(*x.shape[:2], parts, self.heads, dim // self.heads)
-        return out.permute(2, 0, 3, 1, 4).unbind(0)
+        """Queries, keys and values (the first `parts` of them) of normed tokens [B,T,D], each [B,H,T,d]: views."""
+        return self._joined(x, parts).permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self, index: Tensor | None) -> Tensor | None:
         """The block's own relative bias, see `relative_bias`; None without a table."""
@@ -166,7 +227,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Normed tokens [B,T,D] -> [B,T,D], nothing tapped. `bias` [1 or B,H,T,T] is added to the logits."""
-        q, k, v = self.project(x)
+        q, k, v = split_heads(self._joined(x))
         return self.output(attend(q, k, v, bias))
 
     def tail(self, x: Tensor, start: int) -> Tensor:
@@ -177,8 +238,16 @@ class SelfAttention(nn.Module):
         weight, bias = self._projection()
         q = linear(x[:, start:], weight[:width], bias[:width])
         q = q.view(*q.shape[:2], self.heads, -1).transpose(1, 2)
-        kv = linear(x, weight[width:], bias[width:]).view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.output(attend(q, *kv.unbind(0)))
+        kv = linear(x, weight[width:], bias[width:]).view(*x.shape[:2], 2, self.heads, -1)
+        return self.output(attend(q, *split_heads(kv)))
+
+    def _joined(self, x: Tensor, parts: int = 3) -> Tensor:
+        """Queries, keys and values (the first `parts` of them), [B,T,parts,H,d]."""
+        dim = x.shape[-1]
+        weight, bias = self._projection()
+        if parts < 3:
+            weight, bias = weight[: parts * dim], bias[: parts * dim]
+        return linear(x, weight, bias).view(*x.shape[:2], parts, self.heads, dim // self.heads)
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         """Weight [3D,D] and bias [3D] of queries, keys and values."""

@@ -20,6 +20,7 @@ from mimlet.models.decoders import Decoder, decoder_input, decoder_taps
 from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
+from mimlet.models.lowbit import quantise_
 from mimlet.models.shapes import HieraShape, Shape, ViTShape
 from mimlet.models.vit import ViT
 from mimlet.models.weights import (
@@ -32,11 +33,15 @@ from mimlet.models.weights import (
     renormalisation,
     shape_of_checkpoint,
     triple,
+    unfit,
 )
 from mimlet.models.zoo import ENCODERS, Size
 
 if TYPE_CHECKING:
     from mimlet.config import Config, TeacherSettings
+
+LOWBIT = ("fp8", "int8")
+"""Precisions of `mimlet.models.lowbit`, in which everything but the products of blocks is bf16."""
 
 
 class Teacher(nn.Module):
@@ -281,7 +286,8 @@ def load_teacher(
     if settings.grid == "input":
         pooled = isinstance(shape, HieraShape) and shape.q_pool == 3
         shape = replace(shape, image_size=student.grid[0] * shape.patch * (1 + pooled))
-    encoder = encoder_of(shape)
+    with unfit(opened.source):
+        encoder = encoder_of(shape)
     report = fill_encoder(encoder, opened)
     teacher = Teacher(
         encoder,
@@ -293,6 +299,8 @@ def load_teacher(
         grid=student.grid,
         source=opened.source,
     )
+    if settings.precision == "fp8" or settings.precision == "int8":
+        quantise_(encoder, settings.precision, choose_accelerator(accelerator))
     teacher.load_report = report
     teacher.relation_heads = {int(block): int(heads) for block, heads in opened.info.get("heads_of", {}).items()}
     teacher.pixels = opened.pixels
@@ -309,6 +317,11 @@ def _adopted(
 ) -> Teacher:
     """A model of timm or transformers, or a module of the user's own, as a teacher."""
     _check_attributes(encoder, source)
+    if settings.precision in LOWBIT:
+        raise ConfigError(
+            f"teacher.precision={settings.precision} is for encoders that mimlet reads itself, and {source} is a "
+            f"{type(encoder).__name__}; use bf16, 32 or auto"
+        )
     patch, heads, (rows, _) = int(cast(int, encoder.patch)), encoder.heads, cast(tuple[int, int], encoder.grid)
     if settings.name or settings.heads not in (0, heads):
         raise ConfigError(
@@ -334,7 +347,7 @@ def _adopted(
 
 def _in_bf16(settings: TeacherSettings, accelerator: Literal["auto"] | Accelerator) -> bool:
     native = computes_in_bf16(choose_accelerator(accelerator))
-    return settings.precision == "bf16" or (settings.precision == "auto" and native)
+    return settings.precision in ("bf16", *LOWBIT) or (settings.precision == "auto" and native)
 
 
 def _check_attributes(encoder: nn.Module, source: str) -> None:

@@ -15,14 +15,24 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from mimlet.errors import ConfigError, RunError, WeightsError
-from mimlet.models.weights import ENCODER_FILE, Channels, first_line, read_tensors, save_weights, stored_info, triple
+from mimlet.models.weights import (
+    ENCODER_FILE,
+    Channels,
+    check_size,
+    read_tensors,
+    save_weights,
+    stored_info,
+    unfit,
+)
+from mimlet.untrusted import what_is_wrong
 
 KIND = "tokenizer"
 """How the file of our own tokenizer says what it is."""
@@ -425,24 +435,28 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
             raise RunError(f"{path} holds no {ENCODER_FILE}; expected the folder of a finished run of the method dvae")
         path = path / ENCODER_FILE
     tensors, metadata = read_tensors(path)
-    info = stored_info(path, metadata)
+    with unfit(path):
+        return _tokenizer(path, tensors, stored_info(path, metadata))
+
+
+def _tokenizer(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Tokenizer:
     if info:
         if info.get("kind") != KIND:
             raise WeightsError(
                 f"{path} is the {info.get('kind', 'encoder')} of a run of the method {info.get('method', 'unknown')}, "
                 "not a tokenizer; train one with the method dvae (mimlet pretrain --recipe dvae)"
             )
-        try:
-            stored = info["shape"]
-            shape = VAEShape(**{**stored, "mean": triple(stored["mean"]), "std": triple(stored["std"])})
-        except (TypeError, KeyError) as error:
-            raise WeightsError(f"{path} was written by another version of mimlet: {first_line(error)}") from None
+        shape = _vae_shape(path, info.get("shape", {}))
+        wide = max(shape.hidden, shape.dim)
+        layers = shape.layers * (1 + shape.residual_blocks) * 2
+        check_size(path, layers * 20 * wide**2 + 4 * shape.codes * wide, tensors)
         return _filled(path, DiscreteVAE(shape), tensors)
     if dall_e := _dall_e_names(tensors):
         first, last = (dall_e.get(f"blocks.{name}.weight") for name in ("input", "output.conv"))
         if first is not None and last is not None:
-            blocks = _numbers(r"blocks\.group_1\.block_(\d+)\.", dall_e)
-            return _filled(path, DallE(len(first), len(last), max(blocks, default=1)), dall_e)
+            blocks = max(_numbers(r"blocks\.group_1\.block_(\d+)\.", dall_e), default=1)
+            check_size(path, 1000 * blocks * len(first) ** 2 + 8 * len(last) * len(first), tensors)
+            return _filled(path, DallE(len(first), len(last), blocks), dall_e)
     if {"encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"} <= tensors.keys():
         decodes = "decoder.conv_in.weight" in tensors
         state = {
@@ -452,9 +466,13 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
             or (decodes and name.startswith(("decoder.", "post_quant_conv.")))
         }
         try:
-            return _filled(path, VQGAN(_vq_shape(state), decodes), state)
+            found = _vq_shape(state)
         except KeyError as error:
             raise WeightsError(f"{path} is not a whole VQGAN: it lacks {error.args[0]}") from None
+        wide = max(found.first, found.latent, found.dim, *found.widths)
+        layers = len(found.widths) * (found.blocks + 3) * 2
+        check_size(path, layers * 25 * wide**2 + found.codes * found.dim, tensors)
+        return _filled(path, VQGAN(found, decodes), state)
     raise WeightsError(
         f"{path} is no tokenizer that can be read (its tensors begin with {next(iter(tensors))}); expected the run "
         "folder of the method dvae, DALL-E's encoder (blocks.input.w, ...) or a VQGAN of taming-transformers "
@@ -494,6 +512,18 @@ def _vq_shape(state: Mapping[str, Tensor]) -> VQShape:
     return VQShape(first, tuple(widths), blocks, attention, latent, codes, dim)
 
 
+def _vae_shape(path: Path, stored: Mapping[str, Any]) -> VAEShape:
+    try:
+        for name in VAEShape.__annotations__.keys() ^ stored.keys():
+            raise ValueError(f"'{name}' is missing or unknown")
+        shape = TypeAdapter(VAEShape).validate_python(stored)
+    except ValueError as error:
+        raise WeightsError(f"{path} was written by another version of mimlet: {what_is_wrong(error)}") from None
+    if min(shape.image_size, shape.codes, shape.dim, shape.hidden) <= 0 or not 0 < shape.layers <= 16:
+        raise WeightsError(f"{path} describes a tokenizer that cannot be: {shape}")
+    return shape
+
+
 def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
     """The numbers that a pattern finds at the beginning of names."""
-    return [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    return [int(match[1]) for name in names if (match := re.match(pattern, name)) and len(match[1]) < 7]

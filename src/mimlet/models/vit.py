@@ -30,6 +30,7 @@ from mimlet.models.parts import (
     relative_index,
     resize_positions,
     sincos_positions,
+    take_patches,
 )
 from mimlet.models.shapes import ViTShape
 
@@ -47,11 +48,8 @@ class PatchEmbed(nn.Module):
         if ids is None:
             tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
             return tokens
-        B, _, height, width = images.shape
-        p, columns = self.patch, width // self.patch
-        tiles = images.view(B, 3, height // p, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        batch = torch.arange(B, device=images.device)[:, None]
-        visible = tiles[batch, ids // columns, ids % columns].flatten(2)
+        lines = images.reshape(*images.shape[:3], -1, self.patch)
+        visible = take_patches(lines, self.patch, ids)
         return linear(visible, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -93,7 +91,7 @@ class ViT(Encoder):
         self.pos_embed = nn.Parameter(table) if shape.position != "none" else None
         self.rel_pos_bias = RelativeBias(*self.grid, shape.heads) if shape.relative == "shared" else None
         relative = self.grid if shape.relative in ("full", "qv") else None
-        rates = torch.linspace(drop_path if constant_drop_path else 0, drop_path, shape.depth).tolist()
+        rates = torch.linspace(drop_path if constant_drop_path else 0, drop_path, shape.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(
                 shape.dim,
@@ -249,7 +247,7 @@ class ViT(Encoder):
                 shared = self._shared_bias(index)
             bias = block.attn.bias(index) if shared is None else shared
             if not (attention or qkv or normed or way):
-                x = block(x, bias)
+                x = self.run(block, x, bias)
             else:
                 y = block.norm1(x)
                 if normed:

@@ -7,24 +7,27 @@ the file computes and the encoder cannot, is an error.
 
 What is special to a family of encoders is in `weights_vit`, `weights_hiera` and `weights_hivit`.
 
-Only safetensors files and `torch.load(weights_only=True)` are read.
+Only safetensors files and `torch.load(weights_only=True)` are read. A file may come from anywhere: what it says about
+itself is checked before anything is made from it, and what is made is not much larger than the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
 import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -52,6 +55,7 @@ from mimlet.models.weights_family import (
 from mimlet.models.weights_hiera import HieraFamily
 from mimlet.models.weights_hivit import HiViTFamily
 from mimlet.models.weights_vit import ViTFamily
+from mimlet.untrusted import check_inflation, parse_json, what_is_wrong
 
 Channels = tuple[float, float, float]
 Normalisation = tuple[Channels, Channels]
@@ -61,6 +65,8 @@ DECODER_FILE = "decoder.safetensors"
 CONTAINERS = ("model", "model_state", "state_dict", "model_ema", "module")
 WRAPPERS = ("model.", "base_encoder.", "encoder.")
 DECODER_HEADS_BY_WIDTH = {96: (3,), 192: (6,), 512: (16,)}
+ROOM = 2**30
+"""So many numbers a model may have in any case (4 GiB in float32); beyond, 16 times as many as its file."""
 FAMILIES: tuple[Family, ...] = (HieraFamily(), HiViTFamily(), ViTFamily())
 """In the order in which they are asked whether a file is theirs."""
 
@@ -158,11 +164,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return _plain(path, tensors), file.metadata() or {}
+        check_inflation(path, path.stat().st_size)
         with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *_DAMAGE) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # the readers raise nearly every type on damaged files
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and culprit:
             raise WeightsError(
@@ -170,7 +180,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "its origin, open it yourself with torch.load, save its weights with safetensors.torch.save_file, and "
                 "give that file"
             ) from None
-        reason = "" if isinstance(error, pickle.UnpicklingError | KeyError) else f" ({first_line(error)})"
+        known = isinstance(error, SafetensorError | RuntimeError | EOFError | ValueError | OSError)
+        reason = f" ({first_line(error)})" if known else ""
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes) is damaged or not a weights file{reason}; "
             "copy or download it again"
@@ -186,7 +197,41 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} holds no named tensors; expected a dictionary of weights, "
             f"possibly under one of the keys {', '.join(CONTAINERS)}"
         )
-    return tensors, metadata
+    return _plain(path, tensors), metadata
+
+
+def _plain(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, if they are no more than numbers in memory, of which many tensors can share few."""
+    for name, value in tensors.items():
+        dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not dense or value.is_complex():
+            raise WeightsError(f"{path}: {name} is not a plain tensor ({value.dtype}, {value.layout}, {value.device})")
+        if not value.numel():
+            raise WeightsError(f"{path}: {name} is empty, {list(value.shape)}")
+    check_size(path, sum(value.numel() for value in tensors.values()), tensors)
+    return tensors
+
+
+@contextmanager
+def unfit(source: str | Path) -> Iterator[None]:
+    """What names and shapes that fit no model lead to, as a `WeightsError`."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{source} does not hold what its names promise ({type(error).__name__}: {first_line(error)}); "
+            "expected the weights of one whole model"
+        ) from error
+
+
+def check_size(source: str | Path, numbers: float, state: Mapping[str, Tensor]) -> None:
+    """Refuses to make a model of about so many numbers from a file that holds far fewer."""
+    stored = {value.untyped_storage().data_ptr(): value for value in state.values()}.values()
+    held = sum(value.untyped_storage().nbytes() // value.element_size() for value in stored)
+    if numbers > 16 * held + ROOM:
+        raise WeightsError(
+            f"{source} describes a model of up to {numbers:,.0f} numbers, and holds only {held:,}; it is damaged"
+        )
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -219,16 +264,43 @@ def shape_of_checkpoint(checkpoint: Checkpoint, heads: int = 0, image_size: int 
     `heads` (of the first stage of a Hiera) is needed only where neither the file nor its width tells. `image_size`
     replaces the size the positions were made for.
     """
-    heads = _decide_heads(checkpoint, heads)
-    shape = checkpoint.shape or checkpoint.family.shape(checkpoint, heads)
+    with unfit(checkpoint.source):
+        heads = _decide_heads(checkpoint, heads)
+        shape = checkpoint.shape or checkpoint.family.shape(checkpoint, heads)
+        _check_shape(checkpoint, shape)
     return replace(shape, image_size=image_size or shape.image_size)
+
+
+def _check_shape(checkpoint: Checkpoint, shape: Shape) -> None:
+    """Refuses an architecture that no encoder has, or that is far larger than the file."""
+    blocks = [shape.depth] if isinstance(shape, ViTShape) else [*shape.stages, getattr(shape, "pyramid_depth", 0)]
+    numbers = [shape.image_size, shape.patch, shape.dim, shape.heads, shape.mlp_ratio, sum(blocks)]
+    if min(numbers) <= 0 or min(blocks) < 0 or shape.dim % shape.heads or shape.image_size % shape.patch:
+        raise WeightsError(f"{checkpoint.source} describes an encoder that cannot be: {shape}")
+    if sum(blocks) > len(checkpoint.encoder):
+        raise WeightsError(
+            f"{checkpoint.source} describes {sum(blocks)} blocks, and holds {len(checkpoint.encoder)} tensors"
+        )
+    width = max(shape.dim * (8 if isinstance(shape, HieraShape) else 1), getattr(shape, "pyramid_hidden", 0))
+    tokens = (shape.image_size / shape.patch * (4 if isinstance(shape, HieraShape) else 1)) ** 2
+    relative = getattr(shape, "relative", "none") != "none"
+    weights = sum(blocks) * width**2 * (8 + 4 * shape.mlp_ratio) + 3 * shape.dim * shape.patch**2
+    windows = getattr(shape, "window", 0) ** 4
+    check_size(checkpoint.source, weights + tokens * shape.dim + relative * tokens**2 + windows, checkpoint.encoder)
 
 
 def load_encoder(source: str | Path, heads: int = 0, image_size: int = 0) -> tuple[Encoder, LoadReport]:
     """An encoder built for and filled from a run folder, file or `timm:NAME`."""
     checkpoint = open_checkpoint(source)
-    encoder = encoder_of(shape_of_checkpoint(checkpoint, heads, image_size))
+    encoder = encoder_for(checkpoint, heads, image_size)
     return encoder, fill_encoder(encoder, checkpoint)
+
+
+def encoder_for(checkpoint: Checkpoint, heads: int = 0, image_size: int = 0) -> Encoder:
+    """An encoder of a checkpoint's architecture, see `shape_of_checkpoint`, that is yet to be filled."""
+    shape = shape_of_checkpoint(checkpoint, heads, image_size)
+    with unfit(checkpoint.source):
+        return encoder_of(shape)
 
 
 def load_encoder_weights(encoder: Encoder, source: str | Path, keep_blocks: int | None = None) -> LoadReport:
@@ -244,6 +316,11 @@ def load_encoder_weights(encoder: Encoder, source: str | Path, keep_blocks: int 
 @torch.no_grad()
 def fill_encoder(encoder: Encoder, checkpoint: Checkpoint, keep_blocks: int | None = None) -> LoadReport:
     """See `load_encoder_weights`."""
+    with unfit(checkpoint.source):
+        return _fill(encoder, checkpoint, keep_blocks)
+
+
+def _fill(encoder: Encoder, checkpoint: Checkpoint, keep_blocks: int | None) -> LoadReport:
     family = family_of(encoder)
     report = LoadReport(checkpoint.source, skipped=dict(checkpoint.ignored))
     report.skipped.update(dict.fromkeys(checkpoint.decoder, OF_DECODER) | dict.fromkeys(checkpoint.head, OF_HEAD))
@@ -298,6 +375,11 @@ def load_decoder(checkpoint: Checkpoint, encoder: Encoder, heads: int = 0, repor
 
     An error if any of its tensors is missing: a half random decoder trains on without a word.
     """
+    with unfit(checkpoint.source):
+        return _load_decoder(checkpoint, encoder, heads, report)
+
+
+def _load_decoder(checkpoint: Checkpoint, encoder: Encoder, heads: int, report: LoadReport | None) -> Decoder:
     source, state = checkpoint.source, checkpoint.decoder
     if "decoder_pred.weight" not in state:
         raise WeightsError(
@@ -316,6 +398,8 @@ def load_decoder(checkpoint: Checkpoint, encoder: Encoder, heads: int = 0, repor
             "a decoder without its last blocks is never used"
         )
     position = checkpoint.decoder_position or checkpoint.family.decoder_position
+    _check_blocks(source, [name.removeprefix("decoder_") for name in state])
+    check_size(source, 24 * depth * dim**2 + (out + encoder.dim + math.prod(encoder.grid)) * dim, state)
     decoder = make_decoder(encoder, out, dim, depth, heads, position)
     report = report or LoadReport(source)
     for name, parameter in decoder.state_dict().items():
@@ -372,7 +456,7 @@ def load(source: str | Path, heads: int = 0) -> Encoder | Classifier:
     checkpoint = open_checkpoint(source)
     if checkpoint.info.get("kind") == "classifier":
         return _classifier(checkpoint, heads)
-    encoder = encoder_of(shape_of_checkpoint(checkpoint, heads))
+    encoder = encoder_for(checkpoint, heads)
     fill_encoder(encoder, checkpoint)
     return encoder.eval()
 
@@ -448,7 +532,7 @@ def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:
     info = {"mean": config["mean"], "std": config["std"]}
     heads = attention.heads if isinstance(model, Hiera) else attention.num_heads
     checkpoint = replace(_sorted(source, model.state_dict(), info), heads=heads)
-    encoder = encoder_of(shape_of_checkpoint(checkpoint))
+    encoder = encoder_for(checkpoint)
     fill_encoder(encoder, checkpoint)
     size = encoder.shape.image_size
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -463,9 +547,6 @@ def checkpoint_of_timm(model: nn.Module, source: str) -> Checkpoint:
             "token order)"
         )
     return checkpoint
-
-
-_DAMAGE = (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError)
 
 
 def _from_timm(name: str) -> Checkpoint:
@@ -493,19 +574,28 @@ def create_timm(name: str) -> nn.Module:
 
 
 def _classifier(checkpoint: Checkpoint, heads: int) -> Classifier:
+    with unfit(checkpoint.source):
+        return _with_head(checkpoint, heads)
+
+
+def _with_head(checkpoint: Checkpoint, heads: int) -> Classifier:
     state = checkpoint.head
     if "head.weight" not in state:
         raise WeightsError(f"{checkpoint.source} has no classification head; give a fine-tuned model")
-    encoder = encoder_of(shape_of_checkpoint(checkpoint, heads))
+    encoder = encoder_for(checkpoint, heads)
     fill_encoder(encoder, checkpoint)
     pool: Literal["mean", "class"] = "mean" if "fc_norm.weight" in state else "class"
     token: Literal["class", "distillation"] = "distillation" if encoder.prefix == 2 else "class"
-    head = ClassifierHead(encoder.dim, len(state["head.weight"]), pool, "head_dist.weight" in state, token=token)
+    outputs, names = len(state["head.weight"]), tuple(checkpoint.info.get("classes", ()))
+    if names and len(names) != outputs:
+        raise WeightsError(f"{checkpoint.source} has {len(names)} names for {outputs} classes; they must agree")
+    check_size(checkpoint.source, 3 * outputs * encoder.dim, state)
+    head = ClassifierHead(encoder.dim, outputs, pool, "head_dist.weight" in state, token=token)
     strange = head.state_dict().keys() ^ state.keys()
     if strange:
         raise WeightsError(f"{checkpoint.source} has another head than a linear classifier's ({min(strange)})")
     head.load_state_dict(state)
-    return Classifier(encoder, head, tuple(checkpoint.info.get("classes", ()))).eval()
+    return Classifier(encoder, head, names).eval()
 
 
 def _from_file(path: Path) -> Checkpoint:
@@ -516,30 +606,50 @@ def _from_file(path: Path) -> Checkpoint:
             f"{path} is a visual tokenizer (method {info.get('method')}), not an encoder; it serves the method beit as "
             "method.tokenizer"
         )
-    checkpoint = _sorted(str(path), tensors, info, metadata.get("container", ""))
+    with unfit(path):
+        checkpoint = _sorted(str(path), tensors, info, metadata.get("container", ""))
     if "shape" not in info:
         return checkpoint
-    shape = _stored_shape(path, info["shape"])
+    shape = stored_shape(path, info["shape"])
     return replace(checkpoint, heads=shape.heads, shape=shape)
 
 
-def _stored_shape(path: Path, values: Mapping[str, Any]) -> Shape:
-    """The architecture from its description: JSON has lists for tuples, and does not say which family."""
+def stored_shape(path: Path, values: Mapping[str, Any]) -> Shape:
+    """The architecture from its description, which does not say which family."""
     kind: type[Shape] = HieraShape if "q_pool" in values else HiViTShape if "form" in values else ViTShape
-    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
     try:
-        return kind(**fields)
-    except TypeError as error:
-        raise WeightsError(f"{path} was written by another version of mimlet: {first_line(error)}") from None
+        for name in values.keys() - kind.__annotations__.keys():
+            raise ValueError(f"an encoder has no '{name}'")
+        return TypeAdapter[Shape](kind).validate_python(values)
+    except ValueError as error:
+        raise WeightsError(
+            f"{path} is damaged, or was written by another version of mimlet: shape: {what_is_wrong(error)}"
+        ) from None
+
+
+class Info(BaseModel):
+    """What our files store beside their tensors, as far as it is read again."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    kind: str = "encoder"
+    method: str = ""
+    mean: Channels = IMAGENET_MEAN
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    shape: dict[str, Any] = {}
+    classes: list[str] = []
+    heads: NonNegativeInt = 0
+    depth: NonNegativeInt = 0
+    pixels: Literal["normalised", "raw"] | None = None
+    position: Literal["sincos", "learned"] | None = None
 
 
 def stored_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What our files store beside their tensors."""
+    """What our files store beside their tensors (see `Info`), as far as it is there."""
     try:
-        info: dict[str, Any] = json.loads(metadata.get("mimlet", "{}"))
+        return Info.model_validate(parse_json(metadata.get("mimlet", "{}"))).model_dump(exclude_unset=True)
     except ValueError as error:
-        raise WeightsError(f"{path} carries a damaged description: {first_line(error)}") from None
-    return info
+        raise WeightsError(f"{path} carries a damaged description: {what_is_wrong(error)}") from None
 
 
 def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], container: str = "") -> Checkpoint:
@@ -549,6 +659,7 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
     ignored = {name: f"not part of '{wrapper[:-1]}'" for name in state if not name.startswith(wrapper)}
     state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
     family = next(family for family in FAMILIES if family.recognises(state))
+    _check_blocks(source, state)
     state, stored = family.renamed(state), "shape" in info
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "head": {}}
     for name, value in state.items():
@@ -572,6 +683,13 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
             )
     customs = family.customs(encoder, container, wrapper)
     return Checkpoint(source, family, encoder, decoder, head, ignored, customs=customs, info=info)
+
+
+def _check_blocks(source: str, names: Iterable[str]) -> None:
+    """Refuses blocks with gaps between them: a number alone would make as many."""
+    there = {block_number(name) for name in names} - {-1}
+    if gaps := set(range(len(there))) - there:
+        raise WeightsError(f"{source} lacks block {min(gaps)} of its blocks up to {max(there)}; expected a whole model")
 
 
 def _copy(report: LoadReport, name: str, value: Tensor, parameter: Tensor) -> None:

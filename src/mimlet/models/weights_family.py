@@ -179,8 +179,8 @@ class Family(ABC):
 
 def block_number(name: str) -> int:
     """The i of `blocks.i.`, else -1."""
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() else -1
+    match = re.match(r"blocks\.([0-9]{1,6})(\.|$)", name)
+    return int(match[1]) if match else -1
 
 
 def block_count(state: State) -> int:

@@ -27,5 +27,6 @@ def dino_loss(
     with exactly(logits):
         likelihood = torch.einsum("gbk,cbk->gcb", target, logits)
     cross = logits.logsumexp(dim=-1) - likelihood
-    pairs = ~torch.eye(G, C, dtype=torch.bool, device=cross.device)
-    return cross[pairs].mean(), -(target * log_target).sum(dim=-1).mean()
+    same = torch.eye(G, C, dtype=torch.bool, device=cross.device)[..., None]
+    others = cross.masked_fill(same, 0).sum() / (cross.numel() - G * cross.shape[2])
+    return others, -(target * log_target).sum(dim=-1).mean()

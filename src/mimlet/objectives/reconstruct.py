@@ -5,9 +5,15 @@ Letters: B images, N patches, M hidden patches, p patch side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimlet.models.parts import take_patches
 
 
 def patchify(images: Tensor, patch: int, ids: Tensor | None = None) -> Tensor:
@@ -15,12 +21,10 @@ def patchify(images: Tensor, patch: int, ids: Tensor | None = None) -> Tensor:
     patches.
     """
     B, C, height, width = images.shape
-    tiles = images.view(B, C, height // patch, patch, width // patch, patch).permute(0, 2, 4, 3, 5, 1)
-    patches = tiles.flatten(3).flatten(1, 2)
-    if ids is None:
-        return patches
-    rows = ids + torch.arange(B, device=ids.device)[:, None] * patches.shape[1]
-    return patches.flatten(0, 1).index_select(0, rows.flatten()).view(B, ids.shape[1], -1)
+    lines = images.permute(0, 2, 3, 1).reshape(B, 1, height, width // patch, patch * C)
+    if ids is not None:
+        return take_patches(lines, patch, ids)
+    return lines.view(B, height // patch, patch, -1, patch * C).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -49,10 +53,42 @@ def denormalise_patches(prediction: Tensor, patches: Tensor) -> Tensor:
 
 def masked_pixel_loss(prediction: Tensor, images: Tensor, patch: int, ids_hidden: Tensor, normalise: bool) -> Tensor:
     """Mean squared error over hidden patches. `prediction` [B,M,p*p*3] in the order of `ids_hidden` [B,M]."""
-    target = patchify(images, patch, ids_hidden)
-    if normalise:
-        target = normalise_patches(target)
-    return F.mse_loss(prediction.float(), target)
+
+    def target(images: Tensor, ids: Tensor) -> Tensor:
+        patches = patchify(images, patch, ids)
+        return normalise_patches(patches) if normalise else patches
+
+    if prediction.device.type == "cpu" and not torch.compiler.is_compiling():
+        loss: Tensor = _MeanSquare.apply(prediction, images, ids_hidden, target)  # type: ignore[no-untyped-call]
+        return loss
+    return F.mse_loss(prediction.float(), target(images, ids_hidden))
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean squared error against targets that are made, compared and forgotten for a few images at a time, while they
+    are in a CPU's caches: whole, they and their errors are the largest tensors of a small model's step.
+    """
+
+    IMAGES = 4
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, images: Tensor, ids: Tensor, target: Callable[..., Tensor]) -> Tensor:
+        ctx.gradient = torch.empty_like(prediction) if ctx.needs_input_grad[0] else None
+        given = prediction if ctx.gradient is None else ctx.gradient
+        sums = []
+        for part, pixels, some, gradient in zip(
+            *(x.split(_MeanSquare.IMAGES) for x in (prediction, images, ids, given)), strict=True
+        ):
+            error = part - target(pixels, some)
+            sums.append(torch.linalg.vector_norm(error, dim=-1).square_().sum())
+            if ctx.gradient is not None:
+                torch.mul(error, 2 / prediction.numel(), out=gradient)
+        return torch.stack(sums).sum() / prediction.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient if gradient == 1 else ctx.gradient * gradient, None, None, None
 
 
 def masked_absolute_loss(prediction: Tensor, images: Tensor, patch: int, ids_hidden: Tensor) -> Tensor:
