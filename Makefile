@@ -4,13 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format recipes clean
+.PHONY: demo test faults fuzz lint format recipes clean
 
 demo: $(READY)
 	$(BIN)/mimlet demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# Everything of tests/faults: half an hour. `make test` does a sample of it.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/faults --faults full
+
+# A hundred times as many damaged and hostile files as `make test` tries: minutes. What it finds comes with its example.
+fuzz: $(READY)
+	MIMLET_FUZZ=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/fuzz
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -19,6 +19,8 @@ VERBS = [
     "pretrain",
     "finetune",
     "compare",
+    "pack",
+    "plan",
     "probe",
     "evaluate",
     "analyse",
@@ -217,6 +219,12 @@ def test_resume_takes_the_settings_of_the_run(place: Path, api: Recorder) -> Non
     assert (config.schedule.epochs, config.optim.lr, config.run.out) == (3, 1.0, "runs/tiny")
     assert config.data.path == ["photos"]
     assert (keywords["resume"], keywords["allow_changes"]) == (True, True)
+
+
+def test_resuming_what_was_killed_before_it_wrote_its_settings(place: Path, api: Recorder) -> None:
+    (place / "runs" / "tiny" / "config.json").rename(place / "runs" / "tiny" / ".lock")
+    assert main(["pretrain", "--resume", "--out", "runs/tiny", "--data", "photos"]) == 0
+    assert api.calls[0][1][0].title == "MAE, ViT-Tiny/16, ImageNet-1K, 400 epochs"
 
 
 def test_fine_tuning_from_nothing_is_said(place: Path, api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,26 @@ def test_a_signal_saves_all_and_resuming_ends_the_same(
         assert weights(tmp_path / name) == weights(alone / name)
 
 
+def test_views_made_on_the_device_are_the_same(
+    alone: Path, photos: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with views from the device and ended with those of the loader, by one of them; pictures are kept."""
+    names = ("mae", "dmae")
+    configs = [config(name, photos, teacher, tmp_path, speed={"augment": "device"}) for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(DMAE, "forward", stop_at(1))
+        with pytest.raises(TrainingStopped, match="after step 2 of 4"):
+            api.compare(configs)
+    api.train(config("mae", photos, teacher, tmp_path), resume=True)
+    api.compare(configs, resume=True)
+    for name in names:
+        assert weights(tmp_path / name) == weights(alone / name)
+        kept = sorted(file.relative_to(alone / name) for file in (alone / name).rglob("*.png"))
+        assert kept
+        for file in kept:
+            assert (tmp_path / name / file).read_bytes() == (alone / name / file).read_bytes()
+
+
 def test_one_that_fails_leaves_the_others_whole(
     alone: Path, photos: Path, teacher: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

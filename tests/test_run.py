@@ -15,7 +15,7 @@ from PIL import Image
 
 from mimlet.api import run_pictures
 from mimlet.config import Config, load_config
-from mimlet.errors import RunError
+from mimlet.errors import RunError, TryAgain
 from mimlet.run import RunFolder, Shown, read_pictures, read_run, read_shown
 
 
@@ -68,6 +68,39 @@ def test_lines_after_the_resumed_step_are_dropped_and_a_torn_one_too(tmp_path: P
         assert [line["step"] for line in run.rewind(10)] == [5, 10]
         run.log("train", 11, 0, 0, {"total": 11.0})
     assert [line["step"] for line in read_run(tmp_path).metrics] == [5, 10, 11]
+
+
+def test_an_evaluation_at_the_resumed_step_is_made_again(tmp_path: Path) -> None:
+    """It came after the checkpoint: what else it was to leave may be missing."""
+    with RunFolder.create(tmp_path, config()) as run:
+        for step in (0, 5, 10):
+            run.log("train", step, 0, 0, {"total": 1.0})
+            run.log("eval", step, 0, 0, {"top1": 50.0})
+        assert [(line["step"], line["kind"]) for line in run.rewind(5)] == [(0, "train"), (0, "eval"), (5, "train")]
+
+
+def test_nothing_is_appended_to_half_a_line(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, config()).close()
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 20, "epo')
+    (tmp_path / "unreadable.txt").write_bytes(b"a.jpg\tbroken\nb.jp")
+    with RunFolder.create(tmp_path, config(), resume=True) as run:
+        run.log("note", 0, 0, 0, {"text": "hello"})
+        run.unreadable([("b.jpg", "empty")])
+    assert [line["text"] for line in read_run(tmp_path).metrics] == ["hello"]
+    assert (tmp_path / "unreadable.txt").read_text() == "a.jpg\tbroken\nb.jpg\tempty\n"
+
+
+def test_a_folder_that_is_not_the_one_that_was_locked(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunFolder.create(folder, config()) as run:
+        run.check_place()
+        folder.rename(tmp_path / "away")
+        with pytest.raises(TryAgain, match="was moved, removed or unmounted"):
+            run.log("note", 0, 0, 0, {"text": "lost"})
+        assert not folder.exists()
+        RunFolder.create(folder, config()).close()
+        with pytest.raises(TryAgain):
+            run.check_place()
 
 
 def test_tensorboard_gets_the_numbers_and_forgets_what_is_repeated(tmp_path: Path) -> None:
@@ -215,7 +248,7 @@ def test_each_resume_is_remembered(tmp_path: Path) -> None:
 
 def test_a_second_user_is_refused_with_the_firsts_number(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, config()):
-        with pytest.raises(RunError, match=rf"in use by process {os.getpid()}; wait until it ends"):
+        with pytest.raises(TryAgain, match=rf"in use by process {os.getpid()} on .*; wait until it ends"):
             RunFolder.create(tmp_path, config(), resume=True)
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + (
             "from mimlet.config import load_config\nfrom mimlet.run import RunFolder\n"

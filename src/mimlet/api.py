@@ -21,17 +21,17 @@ from mimlet.analyse.diagnose import read_findings
 from mimlet.analyse.results import ANALYSIS_FOLDER
 from mimlet.atomic import write_atomic
 from mimlet.config import OPTIONS, PYTHON, Config, load_config, merge, nest, read_recipe, set_length, sweep_points
-from mimlet.data.augment import evaluation_transform
+from mimlet.data.augment import evaluation_transform, left_to_device
 from mimlet.data.batch import Batch
 from mimlet.data.corruptions import SEVERITIES, Corrupted, published_side
 from mimlet.data.dataset import ImageDataset
 from mimlet.data.joint import JointDataset
-from mimlet.data.loader import evaluation_batches, steps_per_epoch, training_batches
+from mimlet.data.loader import evaluation_batches, prepared, steps_per_epoch, training_batches
 from mimlet.data.seeding import key
-from mimlet.data.source import Paths, Source, open_source, path_list
+from mimlet.data.source import Paths, Records, Source, are_records, open_source, path_list, record_source
 from mimlet.data.subset import choose
 from mimlet.demo import demo
-from mimlet.errors import ConfigError, DataError, RunError, WeightsError
+from mimlet.errors import ConfigError, DataError, RunError, TryAgain, WeightsError
 from mimlet.export.timm import DESCRIPTION_FILE, export_classifier, export_encoder, snippet
 from mimlet.methods.base import Method, Task
 from mimlet.methods.settings import METHODS
@@ -50,7 +50,7 @@ from mimlet.models.weights import (
     shape_of_checkpoint,
 )
 from mimlet.report import Picture, film, image_grid, write_report
-from mimlet.run import RunFolder, read_pictures, read_run, read_shown
+from mimlet.run import RunFolder, read_picture, read_pictures, read_run, read_shown
 from mimlet.tables import print_table, write_csv
 from mimlet.tasks.classify import Classify
 from mimlet.tasks.heads import head_losses
@@ -64,9 +64,10 @@ from mimlet.tasks.robustness import (
     open_shifted,
 )
 from mimlet.tasks.shifts import ROBUSTNESS_FILE, parse_shifts
-from mimlet.train.distributed import make_fabric
+from mimlet.train.distributed import make_fabric, on_first
 from mimlet.train.loop import Evaluate, FitResult, Job, fit_together
 from mimlet.train.watch import SHOWN, EncoderJudge, Pictures
+from mimlet.untrusted import printable
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -89,15 +90,19 @@ def train(
     allow_changes: bool = False,
     command: str = "",
     teacher: nn.Module | None = None,
+    data: Records[Any] | None = None,
 ) -> TrainResult:
     """Trains whatever `config` describes, pre-training or task, and leaves a run folder with the exported model and a
     report.
 
     `resume` continues the newest checkpoint in `config.run.out`. `teacher` is a module of your own in place of
-    `config.teacher` (see `mimlet.Teacher`). Raises `UserError` for what the user can repair,
-    `TrainingStopped` after a signal.
+    `config.teacher` (see `mimlet.Teacher`), `data` a data set of any library in place of `config.data.path`
+    (`mimlet.Records`; docs/data.md). Raises `UserError` for what the user can repair, `TrainingStopped` after a signal.
     """
-    return _train_together([config], resume, allow_changes, command, Teachers(teacher))[0]
+    if data is not None and not all(path.startswith(PYTHON) for path in config.data.path or [""]):
+        named = config.data.model_copy(update={"path": [f"{PYTHON}{type(data).__name__}"]})
+        config = config.model_copy(update={"data": named})
+    return _train_together([config], resume, allow_changes, command, Teachers(teacher), data)[0]
 
 
 def compare(
@@ -136,7 +141,12 @@ def compare(
 
 
 def _train_together(
-    configs: Sequence[Config], resume: bool, allow_changes: bool, command: str, teachers: Teachers
+    configs: Sequence[Config],
+    resume: bool,
+    allow_changes: bool,
+    command: str,
+    teachers: Teachers,
+    data: Records[Any] | None = None,
 ) -> list[TrainResult]:
     config = configs[0]
     fabric = make_fabric(config.speed)
@@ -145,7 +155,10 @@ def _train_together(
     if teachers.module is not None and idle:
         raise ConfigError(f"method '{idle[0]}' does not ask a teacher given from Python; leave it out")
     labelled = METHODS[config.method.name].labels
-    source = open_source(config.data.path, labelled=labelled, index=config.data.index)
+    if data is None:
+        source = open_source(config.data.path, labelled=labelled, index=config.data.index)
+    else:
+        source = record_source(data, " ".join(config.data.path), labelled=labelled)
     trainings = [_Training(each, source, fabric, teachers, say) for each in configs]
     joint = JointDataset([training.dataset for training in trainings])
     per_epoch = steps_per_epoch(len(joint), config.schedule.batch)
@@ -164,16 +177,20 @@ def _train_together(
             pin_memory=fabric.device.type == "cuda",
         )
         with closing(stream):
-            for batch in stream:
-                yield batch.prepare(fabric.device, normalisations).batches
+            yield from prepared(
+                stream, lambda batch: batch.prepare(fabric.device, normalisations).batches, fabric.device
+            )
 
     with ExitStack() as runs:
         jobs = []
+
+        def open_runs() -> None:
+            for training in trainings:
+                runs.enter_context(training.open(resume, allow_changes, shlex.split(command)))
+
+        on_first(fabric, open_runs)
         for training in trainings:
-            run = None
-            if fabric.is_global_zero:
-                run = runs.enter_context(training.open(resume, allow_changes, shlex.split(command)))
-            look = training.look if run else None
+            run, look = training.run, training.look if training.run else None
             start = training.encoder_judge is not None
             jobs.append(Job(training.method, training.config, run, training.evaluate, start, look))
         if len(configs) > 1:
@@ -191,7 +208,8 @@ def _train_together(
         for error in failed.values():
             raise error
     if failed:
-        raise RunError(
+        again = any(isinstance(error, TryAgain) for error in failed.values())
+        raise (TryAgain if again else RunError)(
             f"{len(failed)} of {len(configs)} trainings failed, the others are finished: "
             + "; ".join(f"{name}: {error}" for name, error in failed.items())
         )
@@ -237,7 +255,16 @@ class _Training:
         for report in self.loaded:
             say(str(report))
         transform = self.method.transform(data.augment, config.encoder.image_size)
-        self.dataset = ImageDataset(source, transform, self.method.masks(), seed=config.seed, indices=indices)
+        self.dataset = ImageDataset(
+            source,
+            transform,
+            self.method.masks(),
+            seed=config.seed,
+            indices=indices,
+            decoder=data.decoder,
+            reduced=data.reduced_decode,
+            on_device=left_to_device(config.speed.augment, transform, fabric.device.type),
+        )
         self.pictures = Pictures(config, self.dataset, fabric)
 
     def open(self, resume: bool, allow_changes: bool, command: list[str]) -> RunFolder:
@@ -296,7 +323,8 @@ def finetune(recipe: str = "classify_tiny", **options: object) -> TrainResult:
     Options are those of the command line, such as `data` and `eval` (a path or several; for `pretrain` also `labelled`,
     by which the encoder is judged), `teacher` (for `pretrain` also
     a module of your own), `encoder` (weights to start from), `epochs`, `batch`, `out`, `resume`, `allow_changes`; and
-    any setting with its dots as double underscores: `optim__clip=1.0`.
+    any setting with its dots as double underscores: `optim__clip=1.0`. `data` may also be a data set of any library
+    (`mimlet.Records`).
     """
     return _train_recipe(recipe, labels=True, **options)
 
@@ -490,7 +518,7 @@ def run_pictures(folder: Path, prefix: str = "") -> list[Picture]:
         alt = f"Rows of the same training images: {', '.join(fixed)}, {last} from {moments[0]} to {moments[-1]}"
         pictures.append(Picture(f"{last.capitalize()} as training goes", film(rows), alt, shown.caption))
     return pictures + [
-        Picture(prefix + title, (folder / name).read_bytes(), alt, caption)
+        Picture(prefix + title, read_picture(folder / name), alt, caption)
         for name, (title, alt, caption) in known.items()
         if (folder / name).is_file()
     ]
@@ -535,6 +563,10 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
         if labels:
             raise ConfigError("distilling labels needs the path of a classifier, or timm:NAME, not a module")
         options["teacher"] = f"{PYTHON}{type(module).__name__}"
+    data = options.get("data", ())
+    records = cast(Records[Any], data) if are_records(data) else None
+    if records is not None:
+        options["data"] = f"{PYTHON}{type(records).__name__}"
     set_length(values, cast(float | None, options.pop("epochs", None)), cast(int | None, options.pop("steps", None)))
     merge(values, nest("run.out", str(options.pop("out", f"runs/{Path(recipe).stem}"))))
     for option, value in options.items():
@@ -542,7 +574,7 @@ def _train_recipe(recipe: str, labels: bool, **options: object) -> TrainResult:
         if dotted in ("data.path", "data.eval", "data.labelled"):
             value = path_list(cast(Paths, value))
         merge(values, nest(dotted, str(value) if isinstance(value, Path) else value))
-    return train(load_config(values), resume=resume, allow_changes=allow_changes, teacher=module)
+    return train(load_config(values), resume=resume, allow_changes=allow_changes, teacher=module, data=records)
 
 
 def _judge(
@@ -554,7 +586,8 @@ def _judge(
     workers: int,
 ) -> Scores:
     augment = config.data.augment
-    dataset = ImageDataset(source, evaluation_transform(augment, config.encoder.image_size), train=False)
+    transform = evaluation_transform(augment, config.encoder.image_size)
+    dataset = ImageDataset(source, transform, train=False, decoder=config.data.decoder)
     batch = max(1, min(256, config.schedule.batch))
     batches = evaluation_batches(
         dataset, batch=batch, rank=fabric.global_rank, world=fabric.world_size, workers=workers
@@ -573,7 +606,8 @@ def _judge_views(
 ) -> tuple[Scores, dict[str, Scores], dict[str, float]]:
     """See `judge_views`. Images are read once and judged as they are and with every corruption."""
     augment, size = config.data.augment, config.encoder.image_size
-    dataset = ImageDataset(source, Corrupted(evaluation_transform(augment, size), tuple(corruptions)), train=False)
+    transform = Corrupted(evaluation_transform(augment, size), tuple(corruptions))
+    dataset = ImageDataset(source, transform, train=False, decoder=config.data.decoder)
     bytes_each = (1 + SEVERITIES * len(corruptions)) * 3 * size**2
     batch = max(1, min(256, config.schedule.batch, VIEWS_MEMORY // bytes_each))
     batches = evaluation_batches(dataset, batch=batch, workers=loader_workers(config.speed.workers, fabric))
@@ -676,7 +710,7 @@ def _teller(fabric: Fabric) -> Callable[[str], None]:
         """Trainings side by side have much in common: nothing is told twice."""
         if fabric.is_global_zero and text not in said:
             said.add(text)
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(printable(text, lines=True), markup=False, soft_wrap=True)
 
     return say
 

@@ -33,9 +33,11 @@ from mimlet.config import (
 from mimlet.config import merge as merge_settings
 from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped, TryAgain, UserError
 from mimlet.methods.settings import METHODS
+from mimlet.run import LOCK
 from mimlet.tasks.shifts import parse_shifts
+from mimlet.untrusted import printable
 
-ERROR_LINES = 5
+ERROR_LINES, ERROR_WIDTH = 5, 1000
 DEFAULT_RECIPES = {"pretrain": "mae_tiny", "finetune": "classify_tiny"}
 
 app = typer.Typer(
@@ -52,7 +54,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH",
-        help="Images: a folder, .tar, .zip, .parquet, list file or torchvision:NAME:ROOT. Can be repeated.",
+        help="Images: a folder, a pack, .tar, .zip, .parquet, list file or torchvision:NAME:ROOT. Can be repeated.",
     ),
 ]
 Eval = Annotated[list[str] | None, typer.Option(metavar="PATH", help="Labelled images to judge on. Can be repeated.")]
@@ -221,6 +223,97 @@ def compare(
 ) -> None:
     """Train several methods or students side by side: one pass over the images, one pass of a shared teacher."""
     _compare(context.params, context.obj)
+
+
+@app.command()
+def pack(
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Images, as for --data; with --verify packs.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where to write. What was begun there is gone on with.")
+    ] = None,
+    form: Annotated[
+        Literal["raw", "jpeg"], typer.Option(help="raw: pixels, fastest; jpeg: a tenth of the size.")
+    ] = "jpeg",
+    side: Annotated[
+        int, typer.Option(metavar="N", min=1, max=4096, help="Short side in pixels. Smaller images stay as they are.")
+    ] = 256,
+    quality: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Of JPEG.")] = 90,
+    labelled: Annotated[
+        bool, typer.Option("--labelled", help="Refuse images without labels; else labels are kept where there are any.")
+    ] = False,
+    workers: Annotated[int, typer.Option(metavar="N", min=-1, help="Processes. Default: one per processor.")] = -1,
+    max_unreadable: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Share of unreadable images above which it stops.")
+    ] = 0.1,
+    verify: Annotated[bool, typer.Option("--verify", help="Check packs whole, and say what is damaged.")] = False,
+) -> None:
+    """Pack images for fast reading: resized once, in a few large files with checksums."""
+    _check_paths("DATA", data, needed=True)
+    if verify == bool(to):
+        raise ConfigError("--verify writes nothing: leave out --to" if to else "give --to, the folder to pack into")
+    from mimlet.data import packing
+
+    if verify:
+        for folder in data:
+            packing.verify_pack(folder)
+        return
+    assert to is not None
+    packing.pack(
+        data,
+        to,
+        form=form,
+        side=side,
+        quality=quality,
+        labelled=labelled,
+        workers=workers,
+        max_unreadable=max_unreadable,
+    )
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One of `mimlet recipes`, or a file.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(metavar="N", min=0, help="So many GPUs. Default: one, or this machine.")] = 0,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of this kind: h200, a100-80, rtx4090, ... Can be repeated. Default: all."),
+    ] = None,
+    data: Data = None,
+    images: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How many images there are, if --data is a sample or not given.")
+    ] = 0,
+    labelled: Labelled = None,
+    eval: Eval = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A file, or how big it is: vit_base, hiera_base, a recipe.")
+    ] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    precision: Precision = None,
+    subset: Subset = None,
+    cores: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Cores that load images. Default: those here; on other GPUs enough.")
+    ] = 0,
+    measure: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", min=0, help="Of real steps on this machine. Default: 60 if it is meant; 0: arithmetic."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: bytes, seconds, hours.")] = False,
+) -> None:
+    """Say what a run will take: memory, hours, disk. Nothing is trained or written."""
+    from mimlet.plan import plan
+
+    options = {name: value for name, value in context.params.items() if name != "as_json"}
+    planned = plan(**options)
+    if as_json:
+        typer.echo(planned.json())
+    else:
+        planned.show()
 
 
 @app.command()
@@ -529,11 +622,12 @@ def _configure(verb: str, options: Mapping[str, Any]) -> Config:
     recipe = options["recipe"] or DEFAULT_RECIPES[verb]
     if options["resume"]:
         run = Path(out or f"runs/{Path(recipe).stem}")
-        if not (run / "config.json").is_file():
+        begun = (run / "config.json").is_file()
+        if not begun and not (run / LOCK).is_file():  # with a lock it was killed before it could write its settings
             hint = "has no config.json" if run.is_dir() else missing_path(run)
             raise RunError(f"nothing to resume in '{run}': {hint}; leave out --resume to start")
         out = str(run)
-        recipe = options["recipe"] or str(run / "config.json")
+        recipe = options["recipe"] or (str(run / "config.json") if begun else recipe)
     values = read_recipe(recipe)
     method = values.get("method", {}).get("name")
     if method in METHODS and METHODS[method].labels != (verb == "finetune"):
@@ -575,17 +669,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = [entry.callback.__name__ for entry in app.registered_commands if entry.callback]
     name = f"mimlet {given[0]}" if given[0] in verbs else "mimlet"
     group = typer.main.get_command(app)
-    warnings.formatwarning = lambda message, *where, **line: f"note: {message}\n"  # not the code that gave it
+    warnings.formatwarning = lambda message, *where, **line: (
+        f"note: {printable(str(message), lines=True)}\n"
+    )  # not the code that gave it
     try:
         code = group.main(given, prog_name="mimlet", standalone_mode=False, obj=shlex.join(["mimlet", *given]))
     except typer.TyperException as error:
         close = getattr(error, "possibilities", None)
         message = f"{error.message} (did you mean {close[0]}?)" if close else error.format_message()
-        typer.echo(f"{name}: {message.replace('Value error, ', '')}\nTry: {name} --help", err=True)
+        message = _shortened(f"{name}: {message.replace('Value error, ', '')}\nTry: {name} --help")
+        typer.echo(message, err=True)
         return 2
     except UserError as error:
-        message = f"{name}: {error}"
-        typer.echo(_shortened(message) if isinstance(error, ConfigError | DataError) else message, err=True)
+        typer.echo(_shortened(f"{name}: {error}"), err=True)
         return 75 if isinstance(error, TryAgain) else 2
     except TrainingStopped as stopped:
         typer.echo(f"{name}: {stopped}", err=True)
@@ -594,8 +690,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shortened(message: str) -> str:
-    """At most five lines."""
-    lines = message.splitlines()
+    """At most five lines, without the terminal's control characters, which names from files may hold."""
+    lines = [
+        line if len(line) <= ERROR_WIDTH else f"{line[:ERROR_WIDTH]}..."
+        for line in printable(message.strip(), lines=True).split("\n")
+    ]
     if len(lines) > ERROR_LINES:
         lines = [*lines[: ERROR_LINES - 1], f"  and {len(lines) - ERROR_LINES + 1} more"]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from mimlet.methods.settings import (
 from mimlet.models.shapes import HieraShape, HiViTShape, Shape, ViTShape
 from mimlet.models.zoo import ENCODERS, HieraSize, HiViTSize, Size
 from mimlet.section import Section
+from mimlet.untrusted import parse_json, parse_toml
 
 RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -398,6 +399,14 @@ class SpeedSettings(Section):
     devices: int = Field(0, ge=0, description="0: one per process started by torchrun or SLURM")
     nodes: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _divisible(self) -> SpeedSettings:
+        if self.strategy == "fsdp" and self.compile == "graphs":
+            raise ValueError("speed.compile=graphs needs weights that stay in place, which fsdp moves; use on or ddp")
+        if self.strategy == "fsdp" and self.precision == "16":
+            raise ValueError("speed.precision=16 scales losses, which fsdp does not know here; use bf16 or ddp")
+        return self
+
 
 class RunSettings(Section):
     """Where results go and how often. Never changes results."""
@@ -417,7 +426,7 @@ class RunSettings(Section):
     mlflow: str = Field("", description="experiment of MLflow that gets numbers and pictures too; empty: off")
     report: bool = True
     profile: bool = Field(
-        False, description="trace a few early steps: a table of where their time goes, and trace.json for a viewer"
+        False, description="trace a few early steps: a table of where their time goes, and a trace for a viewer"
     )
 
 
@@ -524,6 +533,8 @@ def validate(values: Mapping[str, Any]) -> Config:
     """Checks raw settings; `ConfigError` lists all problems, with the nearest known name for unknown ones."""
     try:
         return Config.model_validate(values)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"a setting holds what is no text: {error}") from None
     except ValidationError as error:
         method = values.get("method")
         chosen = str(method.get("name", "")) if isinstance(method, Mapping) else ""
@@ -543,8 +554,8 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        values: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
+        values: Any = parse_json(text) if path.suffix == ".json" else parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings: expected a JSON object, got {type(values).__name__}")
@@ -737,7 +748,11 @@ def check_inputs(config: Config) -> None:
 
 
 def check_packages(config: Config) -> None:
-    """`ConfigError` where the packages of an optional logger are not installed. Imports none of them."""
+    """`ConfigError` where the packages of an optional logger, or torchao, are not installed. Imports none of them."""
+    if config.teacher.path and config.teacher.precision in ("fp8", "int8") and not find_spec("torchao"):
+        raise ConfigError(
+            f"teacher.precision={config.teacher.precision} needs the package torchao: pip install 'mimlet[lowbit]'"
+        )
     for logger in ("wandb", "mlflow"):
         # a mere folder of that name, such as wandb leaves, is found without an origin
         found = {name: find_spec(name) for name in (logger, "lightning")} if getattr(config.run, logger) else {}

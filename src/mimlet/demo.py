@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from mimlet.config import load_config, merge
 from mimlet.data.decode import UnreadableImage, decode
+from mimlet.data.pixels import as_pillow
 from mimlet.data.seeding import key
 from mimlet.data.source import open_source
 from mimlet.errors import DataError, RunError
@@ -176,7 +177,7 @@ def _reduced(data: str | Path, seed: int) -> list[tuple[Image.Image, str]]:
     found = []
     for i in sorted(chosen.tolist()):
         try:
-            image = decode(source.read(i))
+            image = as_pillow(decode(source.read(i)))
         except (UnreadableImage, OSError):
             continue
         label = source.label(i)

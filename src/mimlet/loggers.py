@@ -15,9 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from mimlet.atomic import write_atomic
 from mimlet.config import Config, check_packages
 from mimlet.errors import RunError
+from mimlet.untrusted import parse_json, what_is_wrong
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +53,7 @@ def open_sinks(folder: Path, config: Config) -> dict[str, Sink]:
     """
     check_packages(config)
     path = folder / IDS_FILE
-    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ids = _known_ids(path)
     sinks: dict[str, Sink] = {"tensorboard": TensorBoard(folder)} if config.run.tensorboard else {}
     starts: dict[str, tuple[str, Callable[[Path, Config, str | None], Wandb | MLflow]]] = {
         "wandb": ("log in with `wandb login`, set WANDB_MODE=offline", Wandb),
@@ -71,6 +74,13 @@ def open_sinks(folder: Path, config: Config) -> dict[str, Sink]:
         ids[name] = sink.id
         write_atomic(path, json.dumps(ids, indent=2) + "\n")
     return sinks
+
+
+def _known_ids(path: Path) -> dict[str, str]:
+    try:
+        return TypeAdapter(dict[str, str]).validate_python(parse_json(path.read_bytes())) if path.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {what_is_wrong(error)}; delete it to start the loggers anew") from None
 
 
 def abandon(sinks: Mapping[str, Sink]) -> None:

@@ -16,7 +16,9 @@ Reading one needs no torch.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 import platform
@@ -27,12 +29,15 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TextIO
+from typing import Literal, TextIO, cast
 
-from mimlet.atomic import write_atomic
+from pydantic import TypeAdapter
+
+from mimlet.atomic import disk_error, write_atomic
 from mimlet.config import Config, changed_settings, load_config
-from mimlet.errors import RunError
+from mimlet.errors import ConfigError, RunError, TryAgain
 from mimlet.loggers import Sink, TensorBoard, abandon, open_sinks
+from mimlet.untrusted import parse_json, printable, read_regular, what_is_wrong
 
 Value = float | int | str
 Kind = Literal["train", "eval", "note"]
@@ -40,6 +45,10 @@ Line = dict[str, Value]
 """One line of `metrics.jsonl`: the `LINE_KEYS`, then the values."""
 
 LINE_KEYS = ("step", "epoch", "kind", "time")
+SHOWN_CHANGES = 3
+
+LOCK = ".lock"
+"""The first file of a run folder: what holds it while a process trains into it."""
 
 PACKAGES = ("mimlet", "torch", "torchvision", "timm", "lightning-fabric", "safetensors", "numpy")
 
@@ -86,21 +95,35 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """All whole lines of a metrics file; none where there is no file. A last line that a kill cut short is left out."""
-    if not path.exists():
+    """All whole lines of a metrics file; none where there is no file. A last line that a kill cut short is left out.
+
+    `RunError` names the first line that is none of ours.
+    """
+    if not path.is_file():
         return []
     *whole, _cut_short = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from None
+    return [_line(path, number, text) for number, text in enumerate(whole, 1)]
 
 
 def read_pictures(folder: Path) -> dict[str, bytes]:
     """The pictures in a run folder, PNG by name, in order: `original`, `visible`, `step 0`, ... `step 1,234`."""
     moments = {f"step {step:,}": path for step, path in sorted(_moments(folder).items())}
     files = {label: folder / "pictures" / f"{label}.png" for label in read_shown(folder).rows[:-1]} | moments
-    return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    return {name: read_picture(path) for name, path in files.items() if path.is_file()}
+
+
+def read_picture(path: Path) -> bytes:
+    """A PNG file. `RunError` where it is none, or damaged."""
+    from PIL import Image
+
+    try:
+        data = read_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(io.BytesIO(data), formats=["PNG"]).load()
+    except Exception as error:  # Pillow's readers raise nearly every type on damaged files
+        raise RunError(f"{path} is no whole picture: {' '.join(str(error).split())}") from None
+    return data
 
 
 def read_shown(folder: Path) -> Shown:
@@ -108,8 +131,16 @@ def read_shown(folder: Path) -> Shown:
     path = folder / "pictures.json"
     if not path.is_file():
         return Shown()
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Shown(tuple(values["rows"]), values["caption"])
+    try:
+        shown = TypeAdapter(Shown).validate_python(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {what_is_wrong(error)}; remove it to go on") from None
+    odd = [label for label in shown.rows if not re.fullmatch(r"[^/\\.][^/\\]{,99}", label) or not label.isprintable()]
+    if odd or not shown.rows:
+        raise RunError(
+            f"{path} is damaged: rows have plain names, got {odd[0] if odd else 'none'!r}; remove it to go on"
+        )
+    return shown
 
 
 class RunFolder:
@@ -125,7 +156,9 @@ class RunFolder:
         self._now = 0, 0.0, 0.0
         self._unreadable = self.path / "unreadable.txt"
         self._known = (
-            set(self._unreadable.read_text(encoding="utf-8").splitlines()) if self._unreadable.exists() else set()
+            set(self._unreadable.read_text(encoding="utf-8", errors="replace").splitlines())
+            if self._unreadable.is_file()
+            else set()
         )
 
     @classmethod
@@ -142,8 +175,8 @@ class RunFolder:
 
         `resume` continues a run that is there, and starts one where there is none, so that the same command can be
         repeated. Raises `RunError` when a run is there and `resume` was not asked for, when it was made with other
-        settings (`allow_changes` accepts them), when another process uses the folder, when it cannot be written, or
-        when a logger does not start; `ConfigError` when a logger's package is missing.
+        settings (`allow_changes` accepts them), when it cannot be written, or when a logger does not start; `TryAgain`
+        when another process uses the folder, or the disk is full; `ConfigError` when a logger's package is missing.
         """
         folder = Path(path)
         try:
@@ -151,9 +184,8 @@ class RunFolder:
         except FileExistsError:
             raise RunError(f"{folder} is a file, not a folder; give another --out") from None
         except OSError as error:
-            raise RunError(
-                f"cannot make the run folder {folder}: {error.strerror or error}; give another --out"
-            ) from None
+            text = f"cannot make the run folder {folder}: {error.strerror or error}; give another --out"
+            raise disk_error(error, text) from None
         lock = _lock(folder)
         sinks: dict[str, Sink] = {}
         try:
@@ -162,13 +194,14 @@ class RunFolder:
                 _check_resume(folder, config, resume, allow_changes)
             for leftover in folder.rglob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "unreadable.txt"):
+                _cut_short(folder / name)
             sinks = open_sinks(folder, config)
             environment = describe_environment(command)
             if exists:
                 before = _read_environment(folder)
                 earlier = before.pop("previous", [])
-                assert isinstance(earlier, list)
-                environment["previous"] = [*earlier, before]
+                environment["previous"] = [*(earlier if isinstance(earlier, list) else ()), before]
             write_atomic(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         except BaseException:
@@ -183,11 +216,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def rewind(self, step: int) -> list[Line]:
-        """Forgets what was logged and shown after `step` steps, because training continues from there; returns the
-        lines that stay.
+        """Forgets what was logged and shown after the checkpoint of `step` steps, because training continues from
+        there; returns the lines that stay. An evaluation at `step` came after it and is forgotten: what else it was to
+        leave (`best.pt`, results per class) may be missing.
         """
         path = self.path / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if int(line["step"]) <= step]
+        lines = [line for line in read_metrics(path) if (int(line["step"]), line["kind"] == "eval") < (step, True)]
         if path.exists():
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
         for moment, picture in _moments(self.path).items():
@@ -201,6 +235,7 @@ class RunFolder:
 
     def log(self, kind: Kind, step: int, epoch: float, time: float, values: Mapping[str, Value]) -> None:
         """Appends a line. `step`: optimiser steps done; `time`: seconds of training so far, over all resumes."""
+        self.check_place()
         line: Line = {"step": step, "epoch": round(epoch, 4), "kind": kind, "time": round(time, 3), **values}
         self._append(self.path / "metrics.jsonl", json.dumps(line) + "\n")
         numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -218,6 +253,7 @@ class RunFolder:
 
     def shows(self, rows: Iterable[str], caption: str) -> None:
         """Says what the run's pictures are. Where the rows have changed, the earlier moments are forgotten."""
+        self.check_place()
         shown = Shown(tuple(rows), caption)
         if shown.rows != read_shown(self.path).rows:
             self._forget_moments()
@@ -247,6 +283,17 @@ class RunFolder:
         if new:
             self._known.update(new)
             self._append(self._unreadable, "".join(f"{line}\n" for line in new))
+
+    def check_place(self) -> None:
+        """`TryAgain` where the folder that was locked is no longer there: a file written under its name would make
+        another one, which is no run.
+        """
+        try:
+            there = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+        except OSError:
+            there = False
+        if not there:
+            raise TryAgain(f"the run folder {self.path} was moved, removed or unmounted while it was trained into")
 
     def close(self, failed: bool = False) -> None:
         """Ends the loggers and releases the lock. `failed`: see `mimlet.loggers.Sink`."""
@@ -278,10 +325,10 @@ class RunFolder:
 
     def _append(self, path: Path, text: str) -> None:
         try:
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with _own(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+            raise disk_error(error, f"cannot write {path}: {error.strerror or error}") from None
 
 
 def describe_environment(command: Sequence[str]) -> dict[str, object]:
@@ -310,9 +357,17 @@ def _cpu_name() -> str:
 def _check_resume(folder: Path, config: Config, resume: bool, allow_changes: bool) -> None:
     if not resume:
         raise RunError(f"{folder} already holds a run; continue it with --resume, or give another --out")
-    changes = changed_settings(load_config(folder / "config.json"), config)
+    path = folder / "config.json"
+    try:
+        before = load_config(path)
+    except ConfigError as error:
+        text = f"{path} is damaged, or of another version; remove it to go on with the settings given now"
+        raise RunError(f"{text}:\n{error}") from None
+    changes = changed_settings(before, config)
     if changes and not allow_changes:
-        listed = "\n".join(f"  {change}" for change in changes)
+        shown = changes if len(changes) <= SHOWN_CHANGES else changes[: SHOWN_CHANGES - 1]
+        more = [f"and {len(changes) - len(shown)} more"] if len(shown) < len(changes) else []
+        listed = "\n".join(f"  {change}" for change in [*shown, *more])
         raise RunError(
             f"the run in {folder} was made with other settings (then -> now):\n{listed}\n"
             "Repeat its settings, accept the new ones with --allow-changes, or give another --out"
@@ -322,35 +377,36 @@ def _check_resume(folder: Path, config: Config, resume: bool, allow_changes: boo
 def _lock(folder: Path) -> TextIO:
     """Takes the folder for this process until the returned file is closed or the process ends."""
     try:
-        file = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"cannot write in the run folder {folder}: {error.strerror or error}; give another --out"
-        ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        file = _own(folder / LOCK).open("a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = file.read(100).strip() or "unknown"
+            raise TryAgain(
+                f"{folder} is in use by process {owner}; wait until it ends, or give another --out"
+            ) from None
+        # Loader processes share the lock with us and may outlive a kill by seconds: they let go of it at once.
+        os.register_at_fork(after_in_child=file.close)
         file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise RunError(
-            f"{folder} is in use by process {owner or 'unknown'}; wait until it ends, or give another --out"
-        ) from None
-    # Loader processes share the lock with us and may outlive a kill by seconds: they let go of it at once.
-    os.register_at_fork(after_in_child=file.close)
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
+        file.truncate()
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+    except OSError as error:  # a full disk refuses the first byte, some shared file systems the lock
+        text = f"cannot write in the run folder {folder}, or lock it: {error.strerror or error}; give another --out"
+        raise disk_error(error, text) from None
     return file
 
 
 def _read_environment(folder: Path) -> dict[str, object]:
     path = folder / "environment.json"
     try:
-        environment: dict[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        environment = parse_json(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from None
+        raise RunError(f"{path} is damaged: {error}; remove it to go on") from None
+    if not isinstance(environment, dict):
+        raise RunError(f"{path} is damaged: expected an object, got {type(environment).__name__}; remove it to go on")
     return environment
 
 
@@ -360,5 +416,35 @@ def _moments(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in names if match}
 
 
+def _cut_short(path: Path) -> None:
+    """Takes away a last line that was never finished, so that the next one does not continue it."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomic(path, whole)
+
+
+def _line(path: Path, number: int, text: str) -> Line:
+    """A line of `metrics.jsonl`, which has the `LINE_KEYS` and otherwise numbers and texts."""
+    try:
+        line = parse_json(text)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: line {number}: {error}; remove that line to go on") from None
+    whole = isinstance(line, dict) and all(
+        isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63) for value in line.values()
+    )
+    known = whole and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int) and line["step"] >= 0
+    if not known or not all(isinstance(line.get(key), int | float) and line[key] >= 0 for key in ("epoch", "time")):
+        raise RunError(f"{path} is damaged: line {number} is none of a run's, {text[:80]!r}; remove that line to go on")
+    return cast(Line, line)
+
+
+def _own(path: Path) -> Path:
+    """A file that is written in place. Not through a link: what it points to may lie outside the run."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link, which would be written through", str(path))
+    return path
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mimlet.atomic import write_atomic
+from mimlet.untrusted import printable
 
 Rows = Sequence[Mapping[str, object]]
 """Rows by column; a row may lack columns."""
@@ -20,11 +22,12 @@ def print_table(title: str, rows: Rows) -> None:
     """Prints rows under a title, floats with two digits."""
     console, table = Console(highlight=False), Table()
     for name in _columns(rows):
-        table.add_column(name)
+        table.add_column(Text(printable(name)))
     for row in rows:
         values = (row.get(name, "") for name in _columns(rows))
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values))
-    console.print(title, markup=False, soft_wrap=True)
+        texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(*(Text(printable(text)) for text in texts))
+    console.print(printable(title), markup=False, soft_wrap=True)
     console.print(table)
 
 

@@ -20,6 +20,7 @@ from mimlet.models.hivit import HiViT
 from mimlet.models.shapes import HiViTShape
 from mimlet.objectives.reconstruct import patchify, unpatchify
 from mimlet.run import RunFolder
+from mimlet.train.compiling import compiled_parts
 from mimlet.train.loop import Batches
 from mimlet.train.optim import follow, trained_parameters
 from tests.methods.official import CLOCK, fill, make_batch, part
@@ -221,15 +222,10 @@ def test_the_average_survives_a_resume(tmp_path: Path) -> None:
         assert torch.equal(method.state_dict()[name], value), name
 
 
-def test_it_is_compiled_with_and_without_an_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mimlet.train.distributed import compile_encoders
-
-    compiled: list[int] = []
-    monkeypatch.setattr(HiViT, "compile", lambda self: compiled.append(id(self)))
+def test_it_is_compiled_with_and_without_an_average() -> None:
     for method in (build(), build(features={"weight": 0})):
-        compiled.clear()
-        compile_encoders(method)
-        assert compiled == [id(each) for each in (method.encoder, method.target) if each is not None]
+        encoders = [each for each in (method.encoder, method.target) if each is not None]
+        assert compiled_parts(method) == [*encoders, method.decoder]
 
 
 @pytest.mark.parametrize(

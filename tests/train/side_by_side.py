@@ -37,6 +37,10 @@ PRETRAIN: dict[str, dict[str, Any]] = {
 WHOLE = {"mocov3": PRETRAIN["mocov3"]}
 """Methods that contrast the images of a step, and take no pieces."""
 OWN_VIEWS = ("dino", "mocov3")
+DIVIDED = ("mimhd", "bootmae", "itpn_clip", "dino", "mocov3")
+"""Methods also trained with gradients and memory divided: they scale or clip gradients, have followers, or normalise
+over processes.
+"""
 FINETUNE: dict[str, dict[str, Any]] = {
     "classify": {"name": "classify"},
     "class_token": {"name": "classify", "distill": {"kind": "soft"}},
@@ -59,7 +63,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
 """Those that are not plain."""
 
 
-def config(name: str, method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int) -> Config:
+def config(
+    name: str, method: dict[str, Any], teacher: Path, data: Path, out: Path, pieces: int, strategy: str = "auto"
+) -> Config:
     """Four steps of 8 images, by plain gradient descent: rounding must not grow. Encoders are judged meanwhile."""
     labelled = [] if method in FINETUNE.values() else [str(data)]
     if method["name"] == "beit":
@@ -74,7 +80,13 @@ def config(name: str, method: dict[str, Any], teacher: Path, data: Path, out: Pa
             "data": {"path": [str(data)], "labelled": labelled, "augment": augment},
             "optim": {"name": "sgd", "lr": 0.05, "lr_batch": 0, "weight_decay": 0, "clip": clip},
             "schedule": {"batch": 8, "steps": 4},
-            "speed": {"accelerator": "cpu", "precision": "32", "workers": 0, "accumulate": pieces},
+            "speed": {
+                "accelerator": "cpu",
+                "precision": "32",
+                "workers": 0,
+                "accumulate": pieces,
+                "strategy": strategy,
+            },
             "run": {"out": str(out / name), "tensorboard": False, "report": False, "log_steps": 1},
         }
     )
@@ -89,6 +101,13 @@ def main(data: Path, teachers: Path, out: Path, pieces: int) -> None:
         api.train(config(name, method, teachers / "encoder", data, out, pieces=1))
 
 
+def divided(data: Path, teachers: Path, out: Path) -> None:
+    """Trains some of them with everything divided."""
+    api.compare([config(name, PRETRAIN[name], teachers / "encoder", data, out, 1, "fsdp") for name in DIVIDED])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:4]), pieces=1)
+    data, teachers, out = map(Path, sys.argv[1:])
+    main(data, teachers, out, pieces=1)
+    divided(data, teachers, out / "divided")

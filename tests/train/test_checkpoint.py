@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimlet.errors import RunError
+from mimlet.errors import RunError, TryAgain
 from mimlet.train.checkpoint import Checkpoints, State, read_checked, write_checked
 
 
@@ -90,19 +90,32 @@ def test_all_damaged_is_an_error(checkpoints: Checkpoints) -> None:
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")]
+    ("code", "words", "kind"),
+    [
+        (errno.ENOSPC, "No space left on device", TryAgain),
+        (errno.EROFS, "Read-only file system", TryAgain),
+        (errno.ESTALE, "Stale file handle", TryAgain),
+        (errno.EACCES, "Permission denied", RunError),
+    ],
 )
 def test_a_disk_that_refuses_leaves_earlier_checkpoints(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str, code: int, words: str
+    checkpoints: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    code: int,
+    words: str,
+    kind: type[RunError],
 ) -> None:
+    """A missing right is the user's to mend; a disk that is full, failing or away may be well again."""
     before = {path: path.read_bytes() for path in checkpoints.folder.iterdir()}
 
     def refuse(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(RunError, match=f"cannot write .*step_00000030.*{words}"):
+    with pytest.raises(RunError, match=f"cannot write .*step_00000030.*{words}") as error:
         checkpoints.save(30, state(30))
+    assert error.type is kind
     assert {path: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
 
 

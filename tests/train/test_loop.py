@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from mimlet.data.batch import Batch
 from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped
 from mimlet.methods.base import Clock, Method
 from mimlet.run import RunFolder, read_run
-from mimlet.train import loop
+from mimlet.train import signals
 from mimlet.train.checkpoint import read_checked
 from mimlet.train.loop import Batches, Plan, moments
 from tests.train.toy import Toy, batches, config, train
@@ -98,10 +97,10 @@ def ended_by(child: Callable[[], None]) -> int:
 
 
 def test_the_second_signal_ends_the_process(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SAME_REQUEST", 0.05)
+    monkeypatch.setattr(signals, "SAME_REQUEST", 0.05)
 
     def child() -> None:
-        with loop._answered_signals(True) as stop:
+        with signals.answered_signals(True) as stop:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)  # delivered twice by a terminal and a launcher
             if stop.code == 130:
@@ -117,7 +116,7 @@ def test_loader_processes_leave_the_terminals_signal_to_the_main_process() -> No
         os.kill(os.getpid(), number)
         os._exit(7)
 
-    with loop._answered_signals(False) as stop:
+    with signals.answered_signals(False) as stop:
         assert ended_by(lambda: child(signal.SIGINT)) == 7
         assert ended_by(lambda: child(signal.SIGTERM)) == -signal.SIGTERM
         assert stop.code == 0
@@ -238,7 +237,7 @@ def test_evaluations_and_the_best_weights(whole: Method, tmp_path: Path) -> None
     assert_same(method, whole)
 
 
-def test_a_resumed_run_remembers_its_best_and_repeats_no_evaluation(tmp_path: Path) -> None:
+def test_a_resumed_run_remembers_its_best_and_repeats_only_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     settings = config(schedule={"eval_epochs": 2})
     with RunFolder.create(tmp_path, settings) as run, pytest.raises(TrainingStopped):
         train(settings, run=run, evaluate=Judge([1, 3]), signals={13: signal.SIGTERM})
@@ -248,7 +247,8 @@ def test_a_resumed_run_remembers_its_best_and_repeats_no_evaluation(tmp_path: Pa
     assert judge.steps == [16]
     assert (result.best_step, result.best["top1"]) == (12, 3)
     with RunFolder.create(tmp_path, settings, resume=True) as run:
-        _, again = train(settings, run=run, evaluate=Judge([]))
+        _, again = train(settings, run=run, evaluate=(judge := Judge([2])))
+    assert judge.steps == [16]
     assert dataclasses.replace(again, seconds=result.seconds) == result
 
 
@@ -384,8 +384,12 @@ def test_memory_that_runs_out_is_answered_with_a_setting() -> None:
         def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    with pytest.raises(RunError, match=r"out of memory with 4 images at a time; use speed\.accumulate=4 \(now 2\)"):
+    with pytest.raises(RunError, match=r"accumulate=4 \(now 2\) or speed\.checkpointing=true, which"):
         train(method=Large())
+    with pytest.raises(
+        RunError, match=r"out of memory with 4 images at a time; use speed\.accumulate=4 \(now 2\), which"
+    ):
+        train(config(speed={"checkpointing": True}), Large())
 
 
 def unreadable_every(settings: Config, step: int) -> Batches:
@@ -439,34 +443,6 @@ def test_bf16_trains(whole: Method) -> None:
     difference = (method.get_parameter("head.weight") - whole.get_parameter("head.weight")).abs().max()
     assert 0 < difference.item() < 0.01
     assert all(parameter.dtype == torch.float32 for parameter in method.parameters())
-
-
-def test_a_compiler_that_fails_is_done_without(whole: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(module: torch.nn.Module) -> None:
-        raise RuntimeError("no compiler\nmore")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", fail)
-    settings = config(speed={"compile": True})
-    with RunFolder.create(tmp_path, settings) as run:
-        method, _ = train(settings, run=run)
-    assert_same(method, whole)
-    notes = [line["text"] for line in read_run(tmp_path).lines("note")]
-    assert notes == ["continuing without torch.compile, which failed: RuntimeError: no compiler"]
-
-
-def test_compiled_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the tracing half of the compiler; generating code takes too long for a test."""
-    calls: list[str] = []
-
-    def trace(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        calls.append("compiled")
-        return graph.forward
-
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend=trace))
-    states = [train(config(speed={"compile": compiled}), Toy(dropout=0))[0].state_dict() for compiled in (False, True)]
-    assert calls
-    torch.testing.assert_close(states[0], states[1])
 
 
 def test_plan_counts_in_steps() -> None:

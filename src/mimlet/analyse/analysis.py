@@ -9,7 +9,6 @@ from itertools import combinations_with_replacement
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -24,6 +23,7 @@ from mimlet.data.augment import Transform, evaluation_transform
 from mimlet.data.batch import Batch
 from mimlet.data.dataset import ImageDataset
 from mimlet.data.loader import evaluation_batches
+from mimlet.data.pixels import Pixels
 from mimlet.data.seeding import key
 from mimlet.data.source import Source
 from mimlet.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class _Views:
 
     transforms: Mapping[str, Transform]
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, image: Pixels) -> dict[str, Tensor]:
         return {name: transform(image)["image"] for name, transform in self.transforms.items()}
 
 

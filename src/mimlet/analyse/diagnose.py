@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from pydantic import TypeAdapter
+
 from mimlet.analyse.results import Analysis, ModelFindings
 from mimlet.errors import ConfigError, DataError, RunError
 from mimlet.methods.settings import METHODS, DMAESettings
 from mimlet.run import Line, Run
+from mimlet.untrusted import parse_json, what_is_wrong
 
 DIAGNOSIS_FILE = "diagnosis.json"
 PAPER = "Exploring Strong Lightweight ViTs (IJCV 2025)"
@@ -275,9 +278,11 @@ def read_findings(folder: Path) -> list[Finding]:
     if not path.is_file():
         return []
     try:
-        return [Finding(**item) for item in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged or of another version: {error}; repeat the diagnosis") from None
+        return TypeAdapter(list[Finding]).validate_python(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise RunError(
+            f"{path} is damaged or of another version: {what_is_wrong(error)}; repeat the diagnosis"
+        ) from None
 
 
 def advice_text(findings: Sequence[Finding], width: int = 100) -> str:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from mimlet.atomic import write_atomic
 from mimlet.errors import RunError
+from mimlet.untrusted import parse_json, what_is_wrong
 
 ANALYSIS_FILE = "analysis.json"
 ANALYSIS_FOLDER = "analysis"
 """Where a run keeps the analysis of its encoder."""
+
+LARGEST_GRID = 512
+"""Tokens along a side; what is computed from a grid takes time with its square."""
 
 Order = Literal["random", "folder"]
 """Which images are looked at: a seeded sample, or the first ones in the order of files (as MAE-lite's code does)."""
@@ -137,20 +144,38 @@ def read_analysis(folder: Path) -> Analysis:
     if not path.is_file():
         raise RunError(f"{folder} holds no {ANALYSIS_FILE}; make one with: mimlet analyse MODEL --data IMAGES")
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        models = [
-            ModelFindings(
-                **{
-                    **model,
-                    "grid": tuple(model["grid"]),
-                    "token_grids": [tuple(grid) for grid in model.get("token_grids", ())],
-                    "leading": {int(kept): top1 for kept, top1 in model["leading"].items()},
-                }
-            )
-            for model in values.pop("models")
-        ]
-        similarities = [Similarity(**item) for item in values.pop("similarities")]
-        pictures = [Shot(**item) for item in values.pop("pictures")]
-        return Analysis(models=models, similarities=similarities, pictures=pictures, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged or of another version: {error}; repeat the analysis") from None
+        analysis = TypeAdapter(Analysis).validate_python(parse_json(path.read_bytes()))
+        problem = _problem(analysis)
+    except ValueError as error:
+        problem = what_is_wrong(error)
+    if problem:
+        raise RunError(f"{path} is damaged or of another version: {problem}; repeat the analysis")
+    return analysis
+
+
+def _problem(analysis: Analysis) -> str:
+    """Which parts of an analysis do not fit each other, if any."""
+    for model in analysis.models:
+        numbers = (model.size, model.patch, *model.grid, model.depth, model.heads, model.dim)
+        grids = [model.grid, *model.token_grids]
+        if min(numbers) < 1 or not all(0 < side <= LARGEST_GRID for grid in grids for side in grid):
+            return f"{model.label} has sizes that no encoder has"
+        if "\0" in model.source:
+            return f"{model.label} has a null byte in its source"
+        by_layer = (model.effective_rank, model.spread, model.similarity, model.probe)
+        by_block = (model.distance or (), model.entropy or (), model.token_grids)
+        if any(len(found) not in (0, model.depth + 1) for found in by_layer) or any(
+            len(found) not in (0, model.depth) for found in by_block
+        ):
+            return f"{model.label} has other layers than its {model.depth} blocks"
+        if [len(heads) for heads in model.distance or ()] != [len(heads) for heads in model.entropy or ()]:
+            return f"{model.label} has distances and entropies of other heads"
+    for pair in analysis.similarities:
+        if not 0 <= pair.a <= pair.b < len(analysis.models):
+            return f"similarities are of models {pair.a} and {pair.b}, and there are {len(analysis.models)}"
+        rows, columns = (analysis.models[place].depth + 1 for place in (pair.a, pair.b))
+        if [len(row) for row in pair.cka] != [columns] * rows:
+            return f"the similarity of models {pair.a} and {pair.b} is not {rows} x {columns}"
+    names = [shot.file for shot in analysis.pictures]
+    odd = [name for name in names if not re.fullmatch(r"[^/\\.][^/\\]*\.png", name) or not name.isprintable()]
+    return f"a picture is called {odd[0]!r}" if odd else "" if analysis.models else "it has no models"

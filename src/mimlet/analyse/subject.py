@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from mimlet.config import IMAGENET_MEAN, IMAGENET_STD
 from mimlet.data.batch import prepare_view
 from mimlet.errors import ConfigError
-from mimlet.models.build import encoder_of
 from mimlet.models.classifier import Classifier
 from mimlet.models.encoder import Encoder
 from mimlet.models.features import Features, Taps
 from mimlet.models.foreign import Foreign, ForeignEncoder, open_teacher
 from mimlet.models.parts import NORM_EPS
-from mimlet.models.weights import Channels, Checkpoint, fill_encoder, shape_of_checkpoint
+from mimlet.models.weights import Channels, Checkpoint, encoder_for, fill_encoder
 
 MAPS = 2**26
 """Numbers of attention maps that are held at a time (256 MiB in float32)."""
@@ -148,7 +147,7 @@ def short_labels(texts: Sequence[str]) -> list[str]:
 
 
 def _encoder(checkpoint: Checkpoint, heads: int) -> Encoder:
-    encoder = encoder_of(shape_of_checkpoint(checkpoint, heads))
+    encoder = encoder_for(checkpoint, heads)
     fill_encoder(encoder, checkpoint)
     if "fc_norm.weight" in checkpoint.head:
         norm = nn.LayerNorm(encoder.dim, eps=NORM_EPS)

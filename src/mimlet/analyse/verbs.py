@@ -26,7 +26,7 @@ from mimlet.api import loader_workers, run_page, task_config
 from mimlet.atomic import write_atomic
 from mimlet.config import SpeedSettings
 from mimlet.data.source import Paths, Source, open_source, path_list
-from mimlet.errors import ConfigError, DataError
+from mimlet.errors import ConfigError, UserError
 from mimlet.report import write_analysis
 from mimlet.run import read_run
 from mimlet.tables import print_table, write_csv
@@ -221,7 +221,7 @@ def _pictures(
     """Attention maps and reconstructions, where a model has them."""
     shown = views_for(subjects, source, indices)
     batch = shown.collate([shown[0, i] for i in range(len(shown))])
-    if isinstance(batch, DataError):
+    if isinstance(batch, UserError):
         raise batch
     for subject in subjects:
         images = batch.views[subject.view]

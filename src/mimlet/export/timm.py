@@ -24,13 +24,17 @@ from mimlet.models.weights import (
     DECODER_FILE,
     ENCODER_FILE,
     Channels,
+    Info,
     encoder_state,
     save_decoder,
     save_weights,
+    stored_shape,
+    unfit,
 )
 from mimlet.models.weights_family import ratio_of
 from mimlet.models.weights_vit import of_beit_family
 from mimlet.models.zoo import HIERARCHICAL, SIZES
+from mimlet.untrusted import parse_json, what_is_wrong
 
 if TYPE_CHECKING:
     from mimlet.tasks.classify import Classify
@@ -184,7 +188,19 @@ def snippet(folder: Path) -> str:
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
         raise WeightsError(f"{folder} holds no {DESCRIPTION_FILE}; expected the folder of a finished run or an export")
-    return _snippet(json.loads(path.read_text(encoding="utf-8")), str(folder / ENCODER_FILE))
+    try:
+        info = Info.model_validate(parse_json(path.read_bytes()))
+        timms = info.model_extra and info.model_extra.get("timm")
+        pool = str(info.model_extra.get("pool", "")) if info.model_extra else ""
+    except ValueError as error:
+        raise WeightsError(f"{path} is damaged: {what_is_wrong(error)}") from None
+    with unfit(path):
+        shape, classes = stored_shape(path, info.shape), info.classes if info.kind == "classifier" else []
+        # Only what is checked comes into the code, for somebody is going to run it.
+        arguments = timm_arguments(shape, len(classes), pool) if timms else None
+        kind = "classifier" if info.kind == "classifier" else "encoder"
+        description = _description(kind, shape, info.mean, info.std, arguments)
+        return _snippet({**description, "classes": classes}, str(folder / ENCODER_FILE))
 
 
 def _description(

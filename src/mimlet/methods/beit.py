@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as VF
 
-from mimlet.data.augment import check_crop, interpolation_mode
+from mimlet.data.augment import check_crop, draw_box, draw_mode
 from mimlet.data.batch import Batch
 from mimlet.data.masks import MaskSampler
+from mimlet.data.pixels import Pixels, as_pillow, planes, resize, whole
 from mimlet.errors import ConfigError
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.mae import reconstruction_pictures, start_vit
@@ -94,9 +95,9 @@ class BEiT(Method):
         """cross_entropy: mean over all hidden patches of the step, whichever image, piece or process they are in.
         Watched: the share that is predicted right, and how the targets use the codebook.
         """
-        hidden = batch.mask.hidden
-        targets = self.visual_tokens(batch.views["tokens"])[hidden]
-        logits = self.lm_head(self.encode(batch)[hidden]).float()
+        hidden, places = batch.mask.hidden, batch.mask.places
+        targets = self.visual_tokens(batch.views["tokens"]).flatten()[places]
+        logits = self.lm_head(self.encode(batch).flatten(0, 1)[places]).float()
         total = F.cross_entropy(logits, targets, reduction="sum")
         figures = self.step(
             {
@@ -156,22 +157,20 @@ class TwoRenderings:
     image_size: int
     token_px: int
 
-    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+    def __call__(self, pixels: Pixels) -> dict[str, Tensor]:
         """A decoded RGB image -> uint8 [3,S,S] each."""
-        augment = self.augment
+        augment, image = self.augment, as_pillow(pixels)
         if augment.color_jitter:
             image = ColorJitter(*[augment.color_jitter] * 3)(image)
         if torch.rand(()) < augment.flip:
             image = VF.hflip(image)
-        top, left, height, width = RandomResizedCrop.get_params(
-            image, list(augment.crop_scale), list(augment.crop_ratio)
-        )
-        crop = image.crop((left, top, left + width, top + height))
-        mode = interpolation_mode(augment.interpolation)
+        box = draw_box(image.size, augment.crop_scale, augment.crop_ratio)
+        crop = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        mode = draw_mode(augment.interpolation)
         tokens = crop.resize((self.token_px, self.token_px), Image.Resampling.LANCZOS)
         return {
-            "image": VF.resize(VF.pil_to_tensor(crop), [self.image_size] * 2, mode, antialias=True).contiguous(),
-            "tokens": VF.pil_to_tensor(tokens),
+            "image": planes(resize(whole(crop), self.image_size, self.image_size, mode)),
+            "tokens": planes(whole(tokens)),
         }
 
 

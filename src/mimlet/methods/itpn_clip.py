@@ -101,12 +101,14 @@ class ITPNClip(Method):
         """{prediction, auxiliary}: mean distance from the targets over all supervised patches of the step, whichever
         image, piece or process they are in.
         """
-        asked = torch.ones_like(batch.mask.hidden) if self.everywhere else batch.mask.hidden
-        targets = self.targets(batch.images)[asked]
+        hidden = batch.mask.hidden
+        places = slice(None) if self.everywhere else batch.mask.places
+        targets = self.targets(batch.images).flatten(0, 1)[places]
         totals = {
-            name: self.distances(predicted[asked].float(), targets).sum()
+            name: self.distances(predicted.flatten(0, 1)[places].float(), targets).sum()
             for name, predicted in self.predict(batch).items()
         }
+        asked = torch.ones_like(hidden) if self.everywhere else hidden
         shown = self.step({**totals, "patches": asked.sum()})
         return {name: self.step.loss(total, shown[name]) for name, total in totals.items()}
 

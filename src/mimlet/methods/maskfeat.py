@@ -82,8 +82,9 @@ class MaskFeat(Method):
         """{prediction}: mean squared error over all hidden patches of the step, whichever image, piece or process they
         are in.
         """
-        hidden = batch.mask.hidden
-        errors = F.mse_loss(self.predict(batch)[hidden].float(), self.targets(batch.images)[hidden], reduction="none")
+        hidden, places = batch.mask.hidden, batch.mask.places
+        predicted, targets = (x.flatten(0, 1)[places] for x in (self.predict(batch), self.targets(batch.images)))
+        errors = F.mse_loss(predicted.float(), targets, reduction="none")
         total = errors.mean(dim=-1).sum()
         shown = self.step({"error": total, "hidden": hidden.sum()})["prediction"]
         return {"prediction": self.step.loss(total, shown)}

@@ -13,10 +13,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TypeGuard
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mimlet.analyse.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, read_analysis
 from mimlet.config import flatten
+from mimlet.errors import RunError
 from mimlet.methods.settings import METHODS
 from mimlet.models.weights import ENCODER_FILE
 from mimlet.report.axes import number
@@ -183,7 +184,7 @@ class Shown:
     def unreadable(self) -> int:
         """How many files could not be read."""
         path = self.run.path / "unreadable.txt"
-        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     @cached_property
     def looked(self) -> Looked | None:
@@ -200,10 +201,13 @@ class Shown:
     def parameters(self) -> int | None:
         """Numbers in the exported weights, once they are written."""
         path = self.run.path / ENCODER_FILE
-        if not path.exists():
+        if not path.is_file():
             return None
-        with safe_open(path, "numpy") as file:
-            shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        try:
+            with safe_open(path, "numpy") as file:
+                shapes: list[list[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise RunError(f"{path} is damaged: {error}") from None
         return sum(math.prod(shape) for shape in shapes)
 
     @property

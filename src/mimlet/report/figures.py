@@ -39,6 +39,8 @@ COLOURED = 5
 
 CELL = (112, 128)
 """An image is shown between so many pixels: small ones are enlarged by a whole factor, large ones reduced."""
+COLUMNS = 64
+"""So many images of a row are shown at most."""
 GAP = 4
 LABEL = 24
 INK = (118, 118, 118, 255)
@@ -139,7 +141,7 @@ def film(rows: Mapping[str, bytes]) -> bytes:
     """
     strips = [Image.open(io.BytesIO(png)) for png in rows.values()]
     side, font = strips[0].height, ImageFont.load_default(16)
-    cell, count = side * max(1, round(CELL[0] / side)), strips[0].width // side
+    cell, count = side * max(1, round(CELL[0] / side)), min(strips[0].width // side, COLUMNS)
     margin = math.ceil(max(font.getlength(label) for label in rows)) + 2 * GAP
     canvas = Image.new("RGBA", (margin + count * (cell + GAP) - GAP, len(strips) * (cell + GAP) - GAP), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)

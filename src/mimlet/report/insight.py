@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,9 @@ from mimlet.report.axes import number
 from mimlet.report.diagrams import Bars, Boxes, bars_svg, boxes_svg, heatmap_svg
 from mimlet.report.figures import Curve, Picture, curves_svg
 from mimlet.report.page import Chart, Label, Section, Sheet
+from mimlet.run import read_picture
 from mimlet.tasks.shifts import ROBUSTNESS_FILE
+from mimlet.untrusted import parse_json
 
 BOXES = (
     "Boxes span the quartiles over heads, bars are medians; whiskers reach to the last head within 1.5 times the box, "
@@ -43,8 +44,7 @@ class Looked:
         prefix = f"{self.label}: " if self.label else ""
         for shot in self.analysis.pictures:
             if (self.folder / shot.file).is_file():
-                image = (self.folder / shot.file).read_bytes()
-                yield Picture(prefix + shot.title, image, shot.alt, shot.caption)
+                yield Picture(prefix + shot.title, read_picture(self.folder / shot.file), shot.alt, shot.caption)
 
     def notes(self) -> Iterator[str]:
         """What a reader has to know about its models and pictures."""
@@ -240,16 +240,21 @@ class Held:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            own = {"clean": found["clean"]["top1"]} if found["clean"] else {}
+            found = parse_json(path.read_bytes())
+            own = {"clean": float(found["clean"]["top1"])} if found["clean"] else {}
             top1 = {entry["name"]: float(entry["top1"]) for entry in found["sets"]}
             clean = {e["name"]: float(e["clean_top1"]) for e in found["sets"] if e["clean_top1"] is not None}
             corrupted = {}
             if found["mean_top1"] is not None:
                 corrupted = {"common corruptions": float(found["mean_top1"])}
                 clean |= {name: own["clean"] for name in corrupted if own}
-            return cls(own | top1 | corrupted, clean, found["corruptions"], found["mean_top1"], found["mce"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            mean, mce = (None if found[name] is None else float(found[name]) for name in ("mean_top1", "mce"))
+            severities = {str(name): [float(top1) for top1 in each] for name, each in found["corruptions"].items()}
+            lengths = {len(each) for each in severities.values()}
+            if len(lengths) > 1 or 0 in lengths:
+                raise ValueError("corruptions of unequally many severities")
+            return cls(own | top1 | corrupted, clean, severities, mean, mce)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise RunError(f"{path} is damaged or of another version: {error}; repeat the evaluation") from None
 
 

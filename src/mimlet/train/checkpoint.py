@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 from mimlet.atomic import write_atomic
 from mimlet.errors import RunError
+from mimlet.untrusted import check_inflation, read_regular
 
 State = dict[str, Any]
 """Nested dictionaries of tensors, numbers and strings: what `torch.load(weights_only=True)` accepts."""
@@ -86,16 +89,35 @@ def write_checked(path: Path, state: State) -> None:
 def read_checked(path: Path) -> State:
     """A state, on the CPU. `RunError` when the file is absent, unreadable, or not what its digest says."""
     try:
-        data = path.read_bytes()
-        digest = _digest_path(path).read_text().split()[:1]
+        data = read_regular(path, sys.maxsize)
+        digest = read_regular(_digest_path(path)).decode().split()[:1]
     except FileNotFoundError as error:
         raise RunError(f"checkpoint {path.name} is damaged: {Path(error.filename).name} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"checkpoint {path.name} cannot be read: {error}") from None
     if [hashlib.sha256(data).hexdigest()] != digest:
         raise RunError(f"checkpoint {path.name} is damaged: its {len(data):,} bytes do not match its SHA-256")
-    state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        check_inflation(io.BytesIO(data), len(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises nearly every type; nothing of it has been run
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"checkpoint {path.name} is none of ours, and reading it was refused: {reason[:200]}") from None
+    if not isinstance(state, dict):
+        raise RunError(f"checkpoint {path.name} is none of ours: it holds {type(state).__name__}, not a state")
     return state
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """What a whole checkpoint with other contents than ours leads to, as a `RunError`."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"the checkpoint does not hold what a training needs ({type(error).__name__}: {error}); "
+            "start again with another --out"
+        ) from error
 
 
 def to_bytes(state: State) -> bytes:

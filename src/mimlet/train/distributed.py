@@ -7,22 +7,42 @@ import copy
 import gc
 import logging
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Literal, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning_fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from mimlet.config import SpeedSettings
 from mimlet.data.batch import Batch
-from mimlet.errors import ConfigError
-from mimlet.hardware import choose_accelerator, computes_in_bf16
+from mimlet.errors import ConfigError, TryAgain, UserError
+from mimlet.hardware import choose_accelerator, computes_in_bf16, keep_freed_memory
 from mimlet.methods.base import Clock, Method
+from mimlet.train.sharded import shard
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process waits for the others before it gives them up. One that dies is noticed at once, by its closed
+connections; this is for one that hangs, or a machine that lost its power. The first process alone judges and saves:
+that takes less.
+"""
+
+
+_SILENT = re.compile(r"by peer|time(d )?out|broken pipe|refused|unreachable|no route", re.IGNORECASE)
+"""Words of gloo, which raises plain `RuntimeError`s, about a process that is gone."""
 
 
 def make_fabric(speed: SpeedSettings) -> Fabric:
@@ -31,18 +51,35 @@ def make_fabric(speed: SpeedSettings) -> Fabric:
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     device_type = choose_accelerator(speed.accelerator)
+    if speed.compile == "graphs" and device_type != "cuda":
+        raise ConfigError(
+            f"speed.compile=graphs needs a GPU (CUDA), and this runs on {device_type}; use on, off or auto"
+        )
+    if device_type == "cpu":
+        keep_freed_memory()
     devices, nodes = _launched_by_others() or (speed.devices or 1, speed.nodes)
+    if device_type == "cuda" and devices > (seen := torch.cuda.device_count()):
+        raise ConfigError(
+            f"{devices} processes on this machine need as many GPUs, but each sees {seen}; start fewer of them. Under "
+            "SLURM ask for --gpus-per-node, not --gpus-per-task: every process has to see all GPUs of its machine"
+        )
     fabric = Fabric(
         accelerator=device_type,
         devices=devices,
         num_nodes=nodes,
-        strategy="ddp" if devices * nodes > 1 else "auto",
+        strategy=_strategy(speed, devices * nodes),
         precision=resolve_precision(speed.precision, device_type),
     )
-    fabric.launch()
+    with plain_peer_errors():
+        fabric.launch()
     if fabric.world_size > 1:
         atexit.register(_leave)
     return fabric
+
+
+def is_sharded(fabric: Fabric) -> bool:
+    """Whether parameters are divided among the processes."""
+    return isinstance(fabric.strategy, ModelParallelStrategy)
 
 
 def resolve_precision(setting: str, device_type: str) -> Precision:
@@ -56,35 +93,65 @@ def resolve_precision(setting: str, device_type: str) -> Precision:
     return "bf16-mixed" if setting == "bf16" else "32-true"
 
 
-def compile_encoders(method: Method) -> None:
-    """Compiles the encoder, the one it follows (DINO), and those that follow it (BootMAE, MoCo v3)."""
-    names = {"encoder", *(name for pair in method.ema.items() if "encoder" in pair for name in pair)}
-    for name in sorted(names):
-        part = getattr(method, name)
-        if part is not None:
-            part.compile()
+def rehearse(method: Method, fabric: Fabric, batch: Batch, clock: Clock) -> None:
+    """The losses and gradients of a step, to be tried on a copy: a method may count its steps."""
+    with fabric.autocast():
+        losses = method(batch, clock)
+    torch.autograd.backward(weighted(losses, method.weights))
 
 
-def idle_parameters(method: Method, fabric: Fabric, batch: Batch, clock: Clock, *, compiled: bool = False) -> list[str]:
+def copy_of(method: Method) -> Method:
+    """A copy that shares the frozen parts."""
+    shared = {id(part): part for part in (getattr(method, name) for name in method.frozen)}
+    return copy.deepcopy(method, shared)
+
+
+def idle_parameters(method: Method, fabric: Fabric, batch: Batch, clock: Clock) -> list[str]:
     """Names of trainable parameters that one step gives no gradient, found on a copy: the method itself is not touched.
 
     DDP waits for the gradient of every parameter that asks for one, so these must not ask. A loss that joins later in
-    training has to be in the graph from the start (multiplied by zero, not left out). `compiled`: the copy's encoders
-    run through `torch.compile`, to learn whether it can.
+    training has to be in the graph from the start (multiplied by zero, not left out).
     """
-    shared = {id(part): part for part in (getattr(method, name) for name in method.frozen)}
-    trial = copy.deepcopy(method, shared)
-    if compiled:
-        compile_encoders(trial)
-    with fabric.autocast():
-        losses = trial(batch, clock)
-    torch.autograd.backward(weighted(losses, trial.weights))
+    rehearse(trial := copy_of(method), fabric, batch, clock)
     return [name for name, parameter in trial.named_parameters() if parameter.requires_grad and parameter.grad is None]
 
 
 def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The scalar to minimise: the weighted sum of the losses that have a weight."""
     return torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
+
+
+def on_first(fabric: Fabric, call: Callable[[], T]) -> T:
+    """What `call` returns on the first process, for all of them; a `UserError` there is raised by all."""
+    answer: tuple[T | None, UserError | None] = None, None
+    if fabric.is_global_zero:
+        try:
+            answer = call(), None
+        except UserError as error:
+            answer = None, error
+    with plain_peer_errors():
+        result, refusal = fabric.broadcast(answer)
+    if refusal is not None:
+        raise refusal
+    return cast(T, result)
+
+
+@contextmanager
+def plain_peer_errors(saved: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turns torch's errors about a process that does not answer into a `TryAgain`. `saved`: the step of the newest
+    checkpoint, 0 without any; not given where that is not known.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not (isinstance(error, torch.distributed.DistError) or ("gloo" in reason and _SILENT.search(reason))):
+            raise
+        where = f"the checkpoint of step {saved()}" if saved and saved() else "the start: nothing was saved yet"
+        raise TryAgain(
+            "another process of this training died, or did not answer; what it said last tells why. The same command "
+            f"with --resume goes on from {where if saved else 'the newest checkpoint, if there is one'} ({reason})"
+        ) from error
 
 
 def gather_rows(fabric: Fabric, row: list[float]) -> list[list[float]]:
@@ -115,6 +182,9 @@ class Step(nn.Module):
     def __init__(self, method: Method) -> None:
         super().__init__()
         self.method = method
+        # What a teacher has in 8 bits cannot be sent; every process has rounded the same file.
+        rounded = [name for name, parameter in self.named_parameters() if type(parameter) is not nn.Parameter]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, rounded)  # type: ignore[no-untyped-call]
 
     def forward(self, piece: Piece) -> dict[str, Tensor]:
         """The method's losses."""
@@ -139,12 +209,31 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _strategy(speed: SpeedSettings, processes: int) -> Strategy | Literal["auto"]:
+    """How so many processes share the work: by DDP unless told otherwise."""
+    if processes == 1:
+        return "auto"
+    if speed.strategy != "fsdp":
+        return DDPStrategy(timeout=PATIENCE)
+
+    def parallelize(step: Step, mesh: DeviceMesh) -> Step:
+        shard(step.method, step, mesh["data_parallel"])
+        return step
+
+    return ModelParallelStrategy(parallelize, processes, 1, timeout=PATIENCE)
+
+
 def _launched_by_others() -> tuple[int, int] | None:
     """(processes per node, nodes) as torchrun or SLURM started them, or None."""
     if TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return local, int(os.environ["WORLD_SIZE"]) // local
     if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+        tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+        if tasks % nodes or (tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ):
+            raise ConfigError(
+                f"SLURM was asked for {tasks} tasks on {nodes} nodes, and may spread them as it likes; ask for "
+                f"--nodes={nodes} --ntasks-per-node={-(-tasks // nodes)}, equally many on each"
+            )
+        return tasks // nodes, nodes
     return None

@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from time import perf_counter
-from types import FrameType
 from typing import NoReturn
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from mimlet.atomic import write_atomic
@@ -41,18 +34,27 @@ from mimlet.data.loader import plain_worker_errors
 from mimlet.data.seeding import key
 from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped
 from mimlet.methods.base import Clock, Method
+from mimlet.models.encoder import Encoder
 from mimlet.run import LINE_KEYS, Kind, RunFolder, Value
 from mimlet.train import optim
-from mimlet.train.checkpoint import Checkpoints, State, to_bytes, write_checked
+from mimlet.train.checkpoint import Checkpoints, State, fitting, to_bytes, write_checked
+from mimlet.train.compiling import Compiler, form_of
+from mimlet.train.display import Display
 from mimlet.train.distributed import (
     Piece,
     Step,
-    compile_encoders,
     gather_objects,
     gather_rows,
     idle_parameters,
+    is_sharded,
+    on_first,
+    plain_peer_errors,
     weighted,
 )
+from mimlet.train.profile import BACKWARD, FOLLOW, MOVE, STEPS, STUDENT, UPDATE, WAIT, WARM, Profile, Row, lines
+from mimlet.train.sharded import full, local, make_whole, whole
+from mimlet.train.signals import Stop, answered_signals
+from mimlet.train.stopwatch import stopwatch
 
 Batches = Callable[[int, int], Generator[Batch, None, None]]
 """(first step, total steps) -> this process's micro-batches of those steps, `speed.accumulate` per step, on the CPU."""
@@ -72,9 +74,6 @@ measured speed.
 
 UNREADABLE_AFTER = 100
 """Images seen before the share of unreadable ones can stop a run; one epoch, if that is shorter."""
-
-SAME_REQUEST = 1.0
-"""Seconds within which a second signal is the same request: a terminal and a launcher may both deliver it."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,10 @@ def moments(count: int, total: int) -> set[int]:
     return {total - total * i // max(1, count - 1) for i in range(count)}
 
 
+class NotFinite(RunError):
+    """A loss, or weights, that are not finite. All processes find it together."""
+
+
 @dataclass
 class Job:
     """One of several trainings side by side: see `fit` for what its parts are."""
@@ -153,7 +156,7 @@ def fit(
     asked before the first step, too. The method comes back in eval mode on the
     fabric's device. Raises `TrainingStopped` after a signal, with a checkpoint saved; `RunError` when a loss is not
     finite (what led to it is written to the run folder, a checkpoint is not) or the disk refuses; `DataError` when too
-    many files are unreadable.
+    many files are unreadable; `TryAgain` when another process, a loader process or the disk failed.
     """
 
     def alone(start_step: int, total_steps: int) -> Generator[tuple[Batch], None, None]:
@@ -178,14 +181,21 @@ def fit_together(
     """Trains several methods on the same images, piece by piece in turn; each result is that of its own training.
 
     All have the same schedule, batch and accumulation. A resumed training that is behind the others catches up first.
-    One that fails (a loss that is not finite, a full disk) leaves its `RunError` as result, and the others go on. After
-    a signal all are saved. `after_piece` is called when every method has had a micro-batch.
+    One that fails (a loss that is not finite; in a single process a disk that refuses, too) leaves its `RunError` as
+    result, and the others go on. After a signal all are saved. `after_piece` is called when every method has had a
+    micro-batch.
     """
     config = jobs[0].config
-    with _answered_signals(fabric.is_global_zero) as stop, plain_worker_errors():
+    loops: list[_Loop] = []
+
+    def saved() -> int:
+        return min((loop.saved for loop in loops), default=0)
+
+    with answered_signals(fabric.is_global_zero) as stop, plain_worker_errors(), plain_peer_errors(saved):
         plan = Plan.make(config.schedule, steps_per_epoch)
         display = Display(plan.total, fabric.is_global_zero, [job.run.path.name for job in jobs if job.run])
-        loops = [_Loop(job, fabric, plan, stop, display) for job in jobs]
+        for number, job in enumerate(jobs):
+            loops.append(_Loop(job, fabric, plan, stop, display, number))
         failed: dict[int, RunError] = {}
         stream = batches(min(loop.step for loop in loops), plan.total)
         try:
@@ -193,12 +203,15 @@ def fit_together(
                 _take_turns(loops, stream, failed, after_piece)
         except torch.OutOfMemoryError as error:
             pieces, piece = config.speed.accumulate, config.schedule.batch // fabric.world_size
+            again = "" if config.speed.checkpointing else " or speed.checkpointing=true"
             raise RunError(
                 f"the device ran out of memory with {piece // pieces} images at a time; use "
-                f"speed.accumulate={2 * pieces} (now {pieces}), which does not change results ({error})"
+                f"speed.accumulate={2 * pieces} (now {pieces}){again}, which does not change results ({error})"
             ) from error
         finally:
             stream.close()
+            for loop in loops:
+                loop.close()
         return [failed.get(i) or loop.result() for i, loop in enumerate(loops)]
 
 
@@ -209,20 +222,21 @@ def _take_turns(
     after_piece: Callable[[], None],
 ) -> None:
     """All steps of all loops. Time that one of them takes is not counted as another's."""
+    several = loops[0].fabric.world_size > 1
 
     @contextmanager
     def turn(number: int) -> Iterator[_Loop]:
-        began = perf_counter()
+        began = stopwatch()
         try:
             yield loops[number]
         except RunError as error:
-            if len(loops) == 1:
+            if len(loops) == 1 or (several and not isinstance(error, NotFinite)):
                 raise
             failed[number] = error
             loops[number].say(f"failed and left out: {error}")
         for other in loops:
             if other is not loops[number]:
-                other.exclude(perf_counter() - began)
+                other.exclude(stopwatch() - began)
 
     first, total = min(loop.step for loop in loops), loops[0].plan.total
     batches: Sequence[Batch] | None = None
@@ -237,10 +251,12 @@ def _take_turns(
         for i in due:
             loops[i].begin_step()
         for _ in range(loops[0].config.speed.accumulate):
-            began = perf_counter()
-            batches = next(stream)
-            for i in due:
-                loops[i].interval.waited += perf_counter() - began
+            with ExitStack() as waiting:
+                for i in due:
+                    waiting.enter_context(loops[i].waiting())
+                batches = next(stream)
+            for i in due:  # of all, before one of them computes: they may share a teacher's answers
+                loops[i].compiler.begin()
             for i in due:
                 with turn(i) as loop:
                     loop.piece(batches[i])
@@ -263,18 +279,11 @@ def _take_turns(
 
 
 @dataclass
-class _Stop:
-    """The exit code a signal asks for, 0 for none."""
-
-    code: int = 0
-
-
-@dataclass
 class _Interval:
     """What happened since the last log: each step's losses (on the device) and images; seconds waited for data."""
 
     first: int
-    began: float = field(default_factory=perf_counter)
+    began: float = field(default_factory=stopwatch)
     waited: float = 0.0
     losses: list[dict[str, Tensor]] = field(default_factory=list)
     indices: list[list[Tensor]] = field(default_factory=list)
@@ -287,9 +296,9 @@ class _Interval:
 
 
 class _Loop:
-    """A training under way. `step` counts the optimiser steps done."""
+    """A training under way. `step` counts the optimiser steps done, `saved` those in the newest checkpoint."""
 
-    def __init__(self, job: Job, fabric: Fabric, plan: Plan, stop: _Stop, display: Display) -> None:
+    def __init__(self, job: Job, fabric: Fabric, plan: Plan, stop: Stop, display: Display, number: int) -> None:
         method, config, run = job.method, job.config, job.run
         self.method, self.config, self.fabric, self.plan = method, config, fabric, plan
         self.run, self.evaluate, self.stop, self.display = run, job.evaluate, stop, display
@@ -297,8 +306,8 @@ class _Loop:
         self.moments = moments(config.run.pictures, plan.total)
         self.name = run.path.name if run else ""
         self.checkpoints = Checkpoints(run.checkpoints, config.run.keep, self.say) if run else None
-        self.step = 0
-        self.began = self.saved_at = perf_counter()
+        self.step = self.saved = 0
+        self.began = self.saved_at = stopwatch()
         self.seconds_before = 0.0
         self.images = self.unreadable = 0
         self.new_images = 0
@@ -306,9 +315,17 @@ class _Loop:
         self.losses: dict[str, float] = {}
         self.evaluations: list[tuple[int, dict[str, float]]] = []
 
+        self.compiler = Compiler(form_of(config.speed, fabric.device.type, plan.total))
+
         for part in _parts(method, (*method.frozen, *method.ema)):
             part.requires_grad_(False)
+        for part in method.children():
+            if isinstance(part, Encoder):
+                part.checkpointing = config.speed.checkpointing
         method.to(fabric.device)
+        memory = self._restore()
+        if is_sharded(fabric):
+            self.module = fabric.setup_module(Step(method))
         self.trained = optim.trained_parameters(method)
         self.peak = optim.peak_learning_rate(config.optim, config.schedule.batch)
         self.scaled = fabric.strategy.precision.precision == "16-mixed"
@@ -319,13 +336,17 @@ class _Loop:
             for name, leader in method.ema.items()
             for follower in _parts(method, [name])
         ]
-        self._restore()
+        if memory:
+            with fitting():
+                optim.load_optimizer_state(self.optimizer, self.trained, memory)
         self.interval = _Interval(self.step)
+        first = max(self.step, min(self.step + WARM, plan.total - 1 - STEPS)) + number * (1 + STEPS)
+        self.profile = Profile(run.path / "profile" if run and config.run.profile else None, fabric.device, first)
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, over all resumes."""
-        return self.seconds_before + perf_counter() - self.began
+        return self.seconds_before + stopwatch() - self.began
 
     def say(self, text: str) -> None:
         """Tells the user, and leaves a note in the run's metrics."""
@@ -349,8 +370,22 @@ class _Loop:
             self._wrap(first)
         self.interval = _Interval(self.step)
 
+    def _show(self, profile: list[Row]) -> None:
+        """Tells where the time of a step goes, if that has been found out."""
+        if profile and self.run:
+            operators = [row for row in profile if row["kind"] == "operator"]
+            phases = [row for row in profile if row["kind"] != "operator"]
+            self.say(f"where a step's time goes; all of it is in {self.run.path / 'profile'}")
+            self.display.say("\n".join(lines([*phases, *operators[:5]])))
+
+    def close(self) -> None:
+        """However the training ended."""
+        self.profile.drop()
+        self.compiler.stop()
+
     def result(self) -> FitResult:
         """After the last step."""
+        make_whole(self.method)
         self.method.eval()
         best_step, best = max(self.evaluations, key=lambda item: _score(item[1]), default=(0, {}))
         last = self.evaluations[-1][1] if self.evaluations else {}
@@ -362,9 +397,18 @@ class _Loop:
         milestones = schedule.milestones if schedule.decay == "step" else ()
         self.lr = optim.learning_rate(self.step, plan.total, plan.warmup, self.peak, settings.min_lr, milestones)
         optim.set_rates(self.optimizer, self.lr, optim.weight_decay(self.step, plan.total, settings))
+        self.profile.begin(self.step, _parts(self.method, self.method.frozen))
         self.optimizer.zero_grad()
         self.sums: dict[str, Tensor] = {}
         self.indices: list[Tensor] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While there is nothing to compute on."""
+        began = stopwatch()
+        with self.profile.phase(WAIT):
+            yield
+        self.interval.waited += stopwatch() - began
 
     def piece(self, batch: Batch) -> None:
         """The gradients of one of `accumulate` micro-batches."""
@@ -373,10 +417,17 @@ class _Loop:
         self.new_unreadable += batch.unreadable
         self.indices.append(batch.indices)
         _seed(key("step", self.config.seed, self.step, self.fabric.global_rank, number))
-        with self.fabric.no_backward_sync(self.module, enabled=number < pieces - 1):
-            losses: dict[str, Tensor] = self.module(Piece(self._prepare(batch), self._clock()))
-            loss = weighted(losses, self.method.weights)
-            self.fabric.backward(loss / pieces)
+        phase = self.profile.phase
+        with self.compiler.computing(), self.fabric.no_backward_sync(self.module, enabled=number < pieces - 1):
+            with phase(MOVE):
+                prepared = self._prepare(batch)
+            with phase(STUDENT):
+                losses: dict[str, Tensor] = self.module(Piece(prepared, self._clock()))
+                loss = weighted(losses, self.method.weights)
+            with phase(BACKWARD):
+                self.fabric.backward(loss / pieces)
+        if number == 0 and pieces > 1:
+            self.compiler.own(list(self.trained.values()))
         for name, value in (*losses.items(), ("total", loss)):
             share = value.detach() / pieces
             self.sums[name] = self.sums[name] + share if name in self.sums else share
@@ -389,23 +440,27 @@ class _Loop:
         self.interval.losses.append(self.sums)
         self.interval.indices.append(self.indices)
         self.step += 1
+        with self._pause():
+            self._show(self.profile.end(last=self.step == self.plan.total))
         self._between_steps()
         self._look()
 
     def _update(self, clock: Clock) -> Tensor | None:
         """Everything after backward; the gradient norm where it is clipped."""
         norm = None
-        if self.scaled:
-            self.fabric.strategy.precision.unscale_gradients(self.optimizer)
-        self.method.on_gradients(clock)
-        if self.config.optim.clip:
-            norm = nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip)
-        self.fabric.strategy.optimizer_step(self.optimizer)
-        if self.followers:
-            momentum = self.method.ema_momentum(clock)
-            for follower, leader in self.followers:
-                optim.follow(follower, leader, momentum)
-        self.method.after_step(clock)
+        with self.profile.phase(UPDATE):
+            if self.scaled:
+                self.fabric.strategy.precision.unscale_gradients(self.optimizer)
+            self.method.on_gradients(clock)
+            if self.config.optim.clip:
+                norm = full(nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip))
+            self.fabric.strategy.optimizer_step(self.optimizer)
+        with self.profile.phase(FOLLOW):
+            if self.followers:
+                momentum = self.method.ema_momentum(clock)
+                for follower, leader in self.followers:
+                    optim.follow(follower, leader, momentum)
+            self.method.after_step(clock)
         return norm
 
     def _between_steps(self) -> None:
@@ -417,7 +472,7 @@ class _Loop:
         if self.fabric.world_size > 1 and not (logs or saves):
             return
         means = self.interval.means() if logs else {}
-        late = perf_counter() - self.saved_at > 60 * settings.checkpoint_minutes
+        late = stopwatch() - self.saved_at > 60 * settings.checkpoint_minutes
         row = [float(self.stop.code), float(late), float(self.new_images), float(len(self.new_unreadable))]
         rows = gather_rows(self.fabric, [*row, *means.values()])
         code = int(max(row[0] for row in rows))
@@ -438,13 +493,14 @@ class _Loop:
         self.losses = self._weighted_only(means)
         if not all(map(math.isfinite, self.losses.values())):
             self._stop_nonfinite()
-        interval, now = self.interval, perf_counter()
-        per_step = (now - interval.began) / (self.step - interval.first)
+        interval = self.interval
+        passed = max(stopwatch() - interval.began, 1e-9)
+        per_step = passed / (self.step - interval.first)
         values = {
             **{name: value for name, value in means.items() if math.isfinite(value)},
             "lr": self.lr,
             "images_per_second": self.config.schedule.batch / per_step,
-            "data_wait": interval.waited / (now - interval.began),
+            "data_wait": min(1.0, interval.waited / passed),
             "memory_mb": _memory(self.fabric.device),
         }
         self.display.update(
@@ -458,7 +514,7 @@ class _Loop:
         if self.evaluate is None:
             return
         self.method.eval()
-        with self._pause(), torch.no_grad():
+        with self._pause(), torch.no_grad(), whole(self.method):
             values = self.evaluate(self.method)
             self.method.train()
             best = all(_score(values) > _score(earlier) for _, earlier in self.evaluations)
@@ -471,67 +527,82 @@ class _Loop:
 
     def _look(self) -> None:
         """Lets `look` see the method, where this is one of its moments."""
-        if self.look is None or self.step not in self.moments:
+        if self.step not in self.moments:
             return
         self.method.eval()
-        with self._pause(), torch.no_grad():
-            self.look(self.method, self.step)
+        with self._pause(), torch.no_grad(), whole(self.method):
+            if self.look:
+                self.look(self.method, self.step)
         self.method.train()
 
     def save(self) -> None:
         """Writes a checkpoint, unless anything in it is not finite."""
-        finite = [parameter.isfinite().all() for parameter in self.trained.values()]
+        finite = [local(parameter).isfinite().all() for parameter in self.trained.values()]
         finite += [losses["total"].isfinite() for losses in self.interval.losses]
         if not all(row[0] for row in gather_rows(self.fabric, [float(torch.stack(finite).all())])):
             self._stop_nonfinite()
         with self._pause():
-            if self.checkpoints:
-                state = {
-                    "step": self.step,
-                    "seconds": self.seconds,
-                    "method": self._trained_state(),
-                    "optimizer": optim.optimizer_state(self.optimizer, self.trained),
-                    "scaler": self.fabric.strategy.precision.state_dict(),
-                }
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "method": self._trained_state(),
+                "optimizer": optim.optimizer_state(self.optimizer, self.trained),
+                "scaler": self.fabric.strategy.precision.state_dict(),
+            }
+            if self.run and self.checkpoints:
+                self.run.check_place()
                 self.checkpoints.save(self.step, state)
-        self.saved_at = perf_counter()
+            # nobody goes on, or ends, before it is written
+            if gather_rows(self.fabric, [float(self.checkpoints is not None)])[0][0]:
+                self.saved = self.step
+        self.saved_at = stopwatch()
 
-    def _restore(self) -> None:
-        """Continues from the newest whole checkpoint. The first process reads, the others are told."""
-        found: tuple[int, State] | None = None
-        if self.run and self.checkpoints:
-            found = self.checkpoints.latest()
-            for line in self.run.rewind(found[0] if found else 0):
-                values = {name: float(value) for name, value in line.items() if name not in (*LINE_KEYS, "text")}
-                if line["kind"] == "eval":
-                    self.evaluations.append((int(line["step"]), values))
-                elif line["kind"] == "train":
-                    self.losses = self._weighted_only(values)
-        found, self.evaluations, self.losses = self.fabric.broadcast((found, self.evaluations, self.losses))
+    def _restore(self) -> State | None:
+        """Continues from the newest whole checkpoint; returns the optimiser's memory. The first process reads, the
+        others are told.
+        """
+        found, self.evaluations, self.losses = on_first(self.fabric, self._read)
         if found is None:
-            return
+            return None
         self.step, state = found
-        _load(self.method, state["method"])
-        optim.load_optimizer_state(self.optimizer, self.trained, state["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(state["scaler"])
-        self.seconds_before = state["seconds"]
+        self.saved = self.step
+        with fitting():
+            _load(self.method, state["method"])
+            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+            self.seconds_before = float(state["seconds"])
+            memory: State = state["optimizer"]
         self.say(f"resumed after step {self.step} of {self.plan.total}")
+        return memory
+
+    def _read(self) -> tuple[tuple[int, State] | None, list[tuple[int, dict[str, float]]], dict[str, float]]:
+        """From the run folder: (step, state) of the checkpoint, evaluations and last losses before it."""
+        found = self.checkpoints.latest() if self.checkpoints else None
+        evaluations, losses = [], {}
+        for line in self.run.rewind(found[0] if found else 0) if self.run else ():
+            numbers = {name: value for name, value in line.items() if not isinstance(value, str)}
+            values = {name: float(value) for name, value in numbers.items() if name not in LINE_KEYS}
+            if line["kind"] == "eval":
+                evaluations.append((int(line["step"]), values))
+            elif line["kind"] == "train":
+                losses = self._weighted_only(values)
+        return found, evaluations, losses
 
     def _wrap(self, first: Batch) -> None:
         """Hands the method to Fabric; `first` is a piece for a trial."""
-        compiled, several = self.config.speed.compile in ("on", "graphs"), self.fabric.world_size > 1
-        if compiled or several:
+        sharded, several = is_sharded(self.fabric), self.fabric.world_size > 1
+        if several or self.compiler.form != "off":
             trial = self._prepare(first)
-            if compiled:
-                try:
-                    idle_parameters(self.method, self.fabric, trial, self._clock(), compiled=True)
-                    compile_encoders(self.method)
-                except Exception as error:  # whatever the compiler meets: training goes on without it
-                    reason = str(error).strip().partition("\n")[0]
-                    self.say(f"continuing without torch.compile, which failed: {type(error).__name__}: {reason}")
-            if several:
+            if several and not sharded:
                 self._mute(idle_parameters(self.method, self.fabric, trial, self._clock()))
-        self.module = self.fabric.setup_module(Step(self.method))
+            if self.compiler.form != "off":
+                with whole(self.method):
+                    problem = self.compiler.start(self.method, self.fabric, trial, self._clock())
+                if problem:
+                    self.say(f"continuing without torch.compile, which failed: {problem}")
+        if self.config.speed.strategy == "fsdp" and not several:
+            self.say("speed.strategy=fsdp does nothing here: there is one process, and nothing to divide")
+        if not sharded:
+            self.module = self.fabric.setup_module(Step(self.method))
 
     def _mute(self, idle: list[str]) -> None:
         """DDP would wait for these gradients for ever."""
@@ -567,7 +638,7 @@ class _Loop:
         bad = [i for i, losses in enumerate(history) if not math.isfinite(losses["total"])]
         step = self.interval.first + bad[0] if bad else self.step - 1
         what = ", ".join(f"{name} {value:.4g}" for name, value in history[bad[0]].items()) if bad else "weights"
-        where = ""
+        where, weights = "", self._trained_state()
         if self.run and self.checkpoints:
             path = self.run.path / f"nonfinite_step_{self.step}.pt"
             state = {
@@ -575,13 +646,13 @@ class _Loop:
                 "first_step": step,
                 "losses": history,
                 "indices": self.interval.indices,
-                "method": self._trained_state(),
+                "method": weights,
             }
             write_atomic(path, to_bytes(state))
             kept = self.checkpoints.steps()
             newest = f"the newest checkpoint, step {kept[-1]}, is from before" if kept else "there is no checkpoint yet"
             where = f" Losses, image numbers and weights are in {path}; {newest}."
-        raise RunError(
+        raise NotFinite(
             f"not all numbers are finite at step {step} ({what}).{where} Lower "
             f"optim.lr (now {self.config.optim.lr:g}), set optim.clip=1.0, or use speed.precision=32"
         )
@@ -589,7 +660,8 @@ class _Loop:
     def _trained_state(self) -> State:
         """The method's state without its frozen parts."""
         held = _prefixes(self.method)
-        return {name: value for name, value in self.method.state_dict().items() if not name.startswith(held)}
+        with whole(self.method):
+            return {name: value for name, value in self.method.state_dict().items() if not name.startswith(held)}
 
     def _weighted_only(self, values: Mapping[str, float]) -> dict[str, float]:
         """What is minimised, without what is only watched."""
@@ -608,100 +680,10 @@ class _Loop:
     @contextmanager
     def _pause(self) -> Iterator[None]:
         """Keeps saving, judging and looking out of the measured speed."""
-        before = perf_counter()
-        yield
-        self.interval.began += perf_counter() - before
-
-
-class Display:
-    """Progress on the first process: a bar on a terminal, elsewhere a line per log, on standard error.
-
-    Of several trainings (`names`) it shows each one's loss, when all have logged.
-    """
-
-    def __init__(self, total: int, shown: bool, names: Sequence[str]) -> None:
-        self.total, self.names = total, names
-        self.console = Console(stderr=True, quiet=not shown)
-        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=self.console, transient=True) if self.console.is_terminal else None
-        self.waiting: dict[str, tuple[float, float]] = {}
-
-    def __enter__(self) -> Display:
-        if self.bar:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def prefix(self, name: str) -> str:
-        """Which training a sentence is about, where there are several."""
-        return f"{name}: " if len(self.names) > 1 else ""
-
-    def say(self, text: str) -> None:
-        """A sentence."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def update(
-        self,
-        name: str,
-        step: int,
-        epoch: float,
-        losses: Mapping[str, float],
-        values: Mapping[str, float],
-        seconds_left: float,
-    ) -> None:
-        """The newest averages, and the time left. A total of one loss is not repeated."""
-        shown = losses if len(losses) > 2 else {"loss": losses["total"]}
-        if len(self.names) > 1:
-            self.waiting[name] = (losses["total"], seconds_left)
-            if name != self.names[-1]:
-                return
-            shown = {name: loss for name, (loss, _) in self.waiting.items()}
-            seconds_left = sum(left for _, left in self.waiting.values())
-            self.waiting = {}
-        speed = f"{values['images_per_second']:.4g} img/s  " if len(self.names) < 2 else ""
-        text = (
-            f"epoch {epoch:.2f}  {', '.join(f'{name} {value:.4f}' for name, value in shown.items())}  "
-            f"{speed}left {timedelta(seconds=round(seconds_left))}  "
-            f"lr {values['lr']:.2e}  data {values['data_wait']:.0%}  {values['memory_mb'] / 1000:.1f} GB"
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=text)
-        else:
-            self.say(f"step {step}/{self.total}  {text}")
-
-
-@contextmanager
-def _answered_signals(shown: bool) -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask the loop to stop; a second one, a second later, ends the process at once.
-
-    Loader processes inherit the handlers: they leave SIGINT, which a terminal sends to everybody, to the main process.
-    """
-    stop, owner, first = _Stop(), os.getpid(), 0.0
-
-    def answer(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        ours = os.getpid() == owner
-        if (ours and stop.code and perf_counter() - first > SAME_REQUEST) or (not ours and number == signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif ours and not stop.code:
-            stop.code, first = 128 + number, perf_counter()
-            if shown:  # os.write, because a handler may interrupt a print
-                os.write(2, f"{signal.Signals(number).name}: saving after this step; again to quit at once\n".encode())
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, answer) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        before = stopwatch()
+        with self.compiler.pausing():
+            yield
+        self.interval.began += stopwatch() - before
 
 
 def _load(method: Method, state: State) -> None:

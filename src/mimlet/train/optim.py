@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mimlet.config import OptimSettings
 from mimlet.methods.base import Method
 from mimlet.models.encoder import Encoder
+from mimlet.train.sharded import divide, full, local
 
 
 class Group(TypedDict):
@@ -127,7 +128,7 @@ def follow(follower: nn.Module, leader: nn.Module, momentum: float) -> None:
         (follower.named_parameters(), dict(leader.named_parameters())),
         (follower.named_buffers(), dict(leader.named_buffers())),
     ):
-        pairs = [(a, theirs[name]) for name, a in mine]
+        pairs = [(local(a), local(theirs[name])) for name, a in mine]
         floating = [(a, b) for a, b in pairs if a.is_floating_point()]
         if floating:
             torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1 - momentum)
@@ -137,15 +138,26 @@ def follow(follower: nn.Module, leader: nn.Module, momentum: float) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """The optimiser's memory by parameter name, which outlives another grouping or another number of processes."""
-    return {name: dict(optimizer.state[parameter]) for name, parameter in names.items() if parameter in optimizer.state}
+    """The optimiser's memory by parameter name, which outlives another grouping or another number of processes. Where
+    it is divided (see `mimlet.train.sharded`), every process has to ask.
+    """
+    memory = {name: optimizer.state[parameter] for name, parameter in names.items() if parameter in optimizer.state}
+    return {name: {key: full(value) for key, value in values.items()} for name, values in memory.items()}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, dict[str, Tensor]]
 ) -> None:
     """Undoes `optimizer_state`. Hyper-parameters stay as the optimiser was made."""
-    by_parameter = {parameter: state[name] for name, parameter in names.items() if name in state}
+    for name, parameter in names.items():
+        for key, value in state.get(name, {}).items():
+            if value.shape not in ((), parameter.shape):
+                raise ValueError(f"{key} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
+    by_parameter = {
+        parameter: {key: divide(value, parameter) for key, value in state[name].items()}
+        for name, parameter in names.items()
+        if name in state
+    }
     order = (parameter for group in optimizer.param_groups for parameter in group["params"])
     memory = {index: by_parameter[parameter] for index, parameter in enumerate(order) if parameter in by_parameter}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": memory})

@@ -82,7 +82,7 @@ class EncoderJudge:
 
     def _dataset(self, source: Source, indices: NDArray[np.int64] | None = None) -> ImageDataset:
         transform = evaluation_transform(self.config.data.augment, self.config.encoder.image_size)
-        return ImageDataset(source, transform, indices=indices, train=False)
+        return ImageDataset(source, transform, indices=indices, train=False, decoder=self.config.data.decoder)
 
     def _features(self, encoder: Encoder, dataset: ImageDataset, title: str) -> Labelled:
         batches = evaluation_batches(dataset, batch=BATCH, workers=self.workers)
@@ -115,6 +115,7 @@ class Pictures:
                 seed=self.config.seed,
                 indices=self.dataset.indices,
                 train=False,
+                decoder=self.config.data.decoder,
             )
             spread = range(0, len(shown), max(1, len(shown) // SHOWN))
             batch = shown.collate([shown[0, i] for i in itertools.islice(spread, SHOWN)])

@@ -1,0 +1,1 @@
+"""What `mimlet plan` knows, counts and measures."""
