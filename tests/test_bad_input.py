@@ -268,7 +268,7 @@ def test_a_full_disk_keeps_what_was_there_and_the_run_continues(
     arguments = pretrain_arguments(photos, out, "run.checkpoint_steps=1")
     with monkeypatch.context() as disk:
         disk.setattr(os, "replace", refuse(errno.ENOSPC, "step_00000002.pt"))
-        text = answer(arguments)
+        text = answer(arguments, 75)
     assert "cannot write" in text
     assert "No space left on device" in text
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
@@ -288,7 +288,7 @@ def test_a_read_only_place(photos: Path, tmp_path: Path, answer: Answer, monkeyp
         make(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    text = answer(pretrain_arguments(photos, tmp_path / "run"))
+    text = answer(pretrain_arguments(photos, tmp_path / "run"), 75)
     assert f"cannot make the run folder {tmp_path / 'run'}: Read-only file system; give another --out" in text
 
 

@@ -44,12 +44,13 @@ def test_full(full: bool, cases: Cases, tmp_path: Path) -> None:
         shutil.rmtree(out)
 
 
-def test_a_small_file_system(full: bool, mae: Case, disk: Path) -> None:
+def test_a_small_file_system(full: bool, cases: Cases, mae: Case, disk: Path) -> None:
     """The same with a real disk: a run beside a file that leaves it a random room."""
     ballast, out = disk / "ballast", disk / "run"
+    needed = sum(path.stat().st_size for path in (cases.folder / "mae").rglob("*"))
     for seed in range(10 if full else 1):
         space = os.statvfs(disk)
-        ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - 4096 * random.Random(seed).randrange(300)))
+        ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - random.Random(seed).randrange(needed)))
         process = mae.start(out)
         assert process.wait() == 75, f"seed {seed}: {process.said}"
         assert FULL in process.said, f"seed {seed}: {process.said}"

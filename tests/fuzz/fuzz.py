@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from mimlet.data.decode import UnreadableImage
@@ -28,14 +28,15 @@ T = TypeVar("T")
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
-def fuzzed(examples: int) -> Callable[[Test], Test]:
-    """Settings of a property: `examples` in CI."""
+def fuzzed(examples: int, shrink: bool = True) -> Callable[[Test], Test]:
+    """Settings of a property: `examples` in CI; whether a failing one is made small, which takes hundreds more."""
     return settings(
         max_examples=examples * SCALE,
         derandomize=SCALE == 1,
         deadline=None,
         database=None,
         print_blob=True,
+        phases=(Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])),
         suppress_health_check=list(HealthCheck),
     )
 

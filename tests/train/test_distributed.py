@@ -141,7 +141,11 @@ SLURM = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "
 }
 
 
-@pytest.mark.parametrize("environment", [TORCHRUN, SLURM, SLURM | TORCHRUN])
+ONE_TASK_EACH = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+"""torchrun started by srun."""
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM, SLURM | TORCHRUN | ONE_TASK_EACH])
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
 def test_two_machines_of_eight_gpus(
     environment: dict[str, str], strategy: str, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,8 @@
 """Transforms from a decoded image to uint8 pixels.
 
 Resizing is done by torch on uint8 tensors, antialiased. It is as exact as Pillow's (the two differ by 0.02 grey levels
-on average) and takes a fraction of the time (benchmarks/loader.py).
+on average). Of a decoded image of short side 256, a crop to 224 px takes about 150 us on one core: 17 for what is
+drawn, 4 to cut it out, 75 to 95 to resize, 39 to mirror it and separate its channels (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -570,6 +570,8 @@ class _Loop:
             _load(self.method, state["method"])
             self.fabric.strategy.precision.load_state_dict(state["scaler"])
             self.seconds_before = float(state["seconds"])
+            if not 0 <= self.seconds_before < math.inf:
+                raise ValueError(f"{self.seconds_before} seconds of training")
             memory: State = state["optimizer"]
         self.say(f"resumed after step {self.step} of {self.plan.total}")
         return memory

@@ -149,6 +149,9 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, dict[str, Tensor]]
 ) -> None:
     """Undoes `optimizer_state`. Hyper-parameters stay as the optimiser was made."""
+    keys = {frozenset(values) for name, values in state.items() if name in names}
+    if len(keys) > 1:
+        raise ValueError(f"the optimiser's memory has {', '.join(sorted(frozenset.union(*keys)))}, but not everywhere")
     for name, parameter in names.items():
         for key, value in state.get(name, {}).items():
             if value.shape not in ((), parameter.shape):

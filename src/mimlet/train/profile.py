@@ -145,10 +145,10 @@ class Profile:
         return [*rows, {"kind": "phase", "name": REST, "ms": rest, "share": rest / whole, "calls": 1.0}]
 
     def _operators(self, averages: list[Any]) -> list[Row]:
-        """The operators that take most time themselves: on the GPU, or on the processor."""
-        key = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        known = [each for each in averages if each.key not in PHASES and not each.key.startswith("ProfilerStep")]
-        known = [each for each in known if getattr(each, key) > 0]
+        """What takes most time itself: operators on a processor, kernels on a GPU."""
+        gpu = self.device.type == "cuda"
+        kind, key = ("CUDA", "self_device_time_total") if gpu else ("CPU", "self_cpu_time_total")
+        known = [each for each in averages if each.device_type.name == kind and not each.is_user_annotation]
         whole = sum(getattr(each, key) for each in known)
         known.sort(key=lambda each: -getattr(each, key))
         return [

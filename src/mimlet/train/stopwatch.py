@@ -8,8 +8,8 @@ _read = _total = 0.0
 
 
 def stopwatch() -> float:
-    """Seconds since some moment. Where the machine's clock jumps back (one that was suspended or moved), this one stands
-    still: no duration is negative, and what has been measured stays.
+    """Seconds since some moment. Where the machine's clock jumps back (one that was suspended or moved), this one
+    stands still: no duration is negative, and what has been measured stays.
     """
     global _read, _total
     now = perf_counter()
