@@ -383,8 +383,8 @@ class SpeedSettings(Section):
     workers: int = Field(-1, ge=-1, description="loader processes per device; -1: the processors there are, at most 8")
     compile: Annotated[Literal["auto", "off", "on", "graphs"], Switch] = Field(
         "auto",
-        description="torch.compile of encoders, decoder and teacher; graphs: with CUDA graphs; auto: where it was "
-        "measured to pay (docs/performance.md). What fails to compile runs as it is",
+        description="torch.compile of encoders, decoder and teacher; graphs: with CUDA graphs; auto: on for 5,000 "
+        "steps or more on a GPU, else off (docs/performance.md). What fails to compile runs as it is",
     )
     augment: Literal["auto", "loader", "device"] = Field(
         "auto", description="where crops are resized, flipped and jittered; auto: on a GPU, else by the loader"

@@ -94,16 +94,16 @@ def _edited(data: bytearray, kind: str, at: int, number: int, other: bytes) -> b
 TEXTS = st.sampled_from(
     ("", "x", "../../x", "/etc/passwd", "a\0b", "\x1b]0;x\x07", "\u202e", "\ud800", "<script>", "1e999", "9" * 5000)
 )
-VALUES = st.recursive(
+LEAVES = (
     st.none()
     | st.booleans()
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.sampled_from((-1, 0, 10**9, 1e300, math.inf, math.nan))
-    | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2),
-    max_leaves=6,
+    | TEXTS
 )
+BRANCHES = LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(TEXTS, LEAVES, max_size=2)
+VALUES = BRANCHES | st.lists(BRANCHES, max_size=2) | st.dictionaries(TEXTS, BRANCHES, max_size=2)
 CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(("set", "set", "drop", "add")), VALUES), max_size=4)
 
 

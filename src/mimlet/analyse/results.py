@@ -20,6 +20,7 @@ ANALYSIS_FILE = "analysis.json"
 ANALYSIS_FOLDER = "analysis"
 """Where a run keeps the analysis of its encoder."""
 
+LARGEST = 1e9
 LARGEST_GRID = 512
 """Tokens along a side; what is computed from a grid takes time with its square."""
 
@@ -156,10 +157,14 @@ def read_analysis(folder: Path) -> Analysis:
 def _problem(analysis: Analysis) -> str:
     """Which parts of an analysis do not fit each other, if any."""
     for model in analysis.models:
-        numbers = (model.size, model.patch, *model.grid, model.depth, model.heads, model.dim)
-        grids = [model.grid, *model.token_grids]
-        if min(numbers) < 1 or not all(0 < side <= LARGEST_GRID for grid in grids for side in grid):
+        sizes = (model.size, model.patch, *model.grid, model.depth, model.heads, model.dim)
+        sides = [side for grid in (model.grid, *model.token_grids) for side in grid]
+        if not all(0 < size < 2**31 for size in sizes) or not all(0 < side <= LARGEST_GRID for side in sides):
             return f"{model.label} has sizes that no encoder has"
+        measured = [*(model.distance or ()), *(model.entropy or ()), model.effective_rank, model.spread]
+        measured += [model.similarity, model.probe, [*model.leading.values()]]
+        if any(abs(value) > LARGEST for values in measured for value in values):
+            return f"{model.label} has numbers that nobody has measured"
         if "\0" in model.source:
             return f"{model.label} has a null byte in its source"
         by_layer = (model.effective_rank, model.spread, model.similarity, model.probe)

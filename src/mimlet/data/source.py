@@ -332,7 +332,7 @@ def _scan_zip(path: str) -> Listing:
                 f"{path} is encrypted or compressed in an uncommon way ({member.filename}); "
                 "zip it again, stored or deflated"
             )
-        if not member.is_dir():
+        if not member.filename.endswith("/"):
             place = (member.header_offset, member.compress_size, member.compress_type)
             try:
                 _note(found, ignored, member.filename, place, end)

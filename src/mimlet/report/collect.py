@@ -45,6 +45,8 @@ HEADS = re.compile(r"(?P<label>.*?)head_(?P<what>entropy|share)_(?P<pair>[qkv]{2
 BETTER_HIGH = re.compile(r"top|acc|%", re.IGNORECASE)
 BETTER_LOW = re.compile(r"loss|error", re.IGNORECASE)
 MISSING = "–"
+LARGEST = 1e100
+"""Larger numbers are not drawn: differences of them would be infinite."""
 NOTES = 20
 """Notes of a run that are shown: the last so many."""
 
@@ -233,7 +235,7 @@ def _load(paths: Sequence[Path]) -> list[Shown]:
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < LARGEST
 
 
 def _names(lines: Iterable[Line]) -> list[str]:
@@ -340,7 +342,8 @@ def _matching(runs: Sequence[Shown]) -> Iterator[Chart]:
 
 def _shares(shown: Shown, prefix: str) -> list[Curve]:
     """The share of each head over training, labelled by its number, from the records that have all of them."""
-    names = [name for name in _names(shown.train) if name.startswith(prefix)]
+    heads = re.compile(re.escape(prefix) + "[0-9]{1,6}")
+    names = [name for name in _names(shown.train) if heads.fullmatch(name)]
     lines = [line for line in shown.train if all(_is_finite(line.get(name)) for name in names)]
     steps = [int(line["step"]) for line in lines]
     numbers = [str(int(name.removeprefix(prefix))) for name in names]

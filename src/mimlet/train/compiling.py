@@ -81,6 +81,7 @@ class Compiler:
         self._compile(copied := copy_of(method))
         for _ in range(ROUNDS.get(self.form, 0)):
             self.begin()
+            copied.zero_grad()
             rehearse(copied, fabric, batch, clock)
         self._compile(method)
         self.parts = [part for part in compiled_parts(method) if part in self.parts]
