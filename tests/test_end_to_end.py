@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import mimlet
 from mimlet.cli import main
 from mimlet.config import recipe_paths
-from mimlet.data.dataset import ImageDataset
+from mimlet.data.dataset import Found, ImageDataset, Sample
 from mimlet.run import read_run
 from tests.data.images import make_folder
 from tests.shared import data_folder
@@ -75,9 +75,9 @@ def test_an_interrupted_run_equals_one_that_was_not(
     """SIGTERM inside step 4, a crash inside step 6, --resume after each: the same bytes, the same metrics."""
     command = commands(photos, teacher)[method]
     assert main(command(tmp_path / "whole")) == 0
-    read, count = ImageDataset.read, 0
+    make, count = ImageDataset.make, 0
 
-    def interrupted(self: ImageDataset, at: tuple[int, int]) -> object:
+    def interrupted(self: ImageDataset, at: tuple[int, int], sample: Callable[[Found], Sample]) -> object:
         nonlocal count
         if self.train:
             count += 1
@@ -85,9 +85,9 @@ def test_an_interrupted_run_equals_one_that_was_not(
                 os.kill(os.getpid(), signal.SIGTERM)
             if count == 5 * 8 + 5:
                 raise RuntimeError("a crash")
-        return read(self, at)
+        return make(self, at, sample)
 
-    monkeypatch.setattr(ImageDataset, "read", interrupted)
+    monkeypatch.setattr(ImageDataset, "make", interrupted)
     assert main(command(tmp_path / "run")) == 143
     with pytest.raises(RuntimeError, match="a crash"):
         main([*command(tmp_path / "run"), "--resume"])

@@ -403,9 +403,11 @@ class _Planner:
             f"measured: {measured.steps} steps of {measured.images} images, {_digits(1 / each):,} images/s, on one "
             f"device{', loading added' if load else ', without loading'}"
         )
-        images = self.config.schedule.batch // self.config.speed.accumulate
-        used = measured.memory or self._memory(self.cost, images, cpu=True).total
-        return self._timing(name, [step, step], used, memory, "", "measured", self.devices if self.cuda else 1)
+        asked, share = self.config.speed.accumulate, self.config.schedule.batch
+        n = asked if measured.memory else self._pieces(self.cost, share, LEFT * memory, cpu=True)
+        settings = None if not n else f"speed.accumulate={n}" if n > asked else ""
+        used = measured.memory or self._memory(self.cost, share // (n or asked), cpu=True).total
+        return self._timing(name, [step, step], used, memory, settings, "measured", self.devices if self.cuda else 1)
 
     def _timing(
         self,
@@ -441,22 +443,23 @@ class _Planner:
         from mimlet.planning.cost import SLOW
 
         asked, share = self.config.speed.accumulate, self.config.schedule.batch // self.devices
-        even = share % 2 == 0  # mixup takes pairs
-        pieces = [n for n in range(asked, share + 1) if share % n == 0 and (not even or share // n % 2 == 0)]
-
-        def smallest(cost: Cost) -> int:
-            most = LEFT * 1e9 * gpu.memory
-            return next((n for n in pieces if self._memory(cost, share // n).total <= most), 0)
-
-        found, n = self.cost, smallest(self.cost)
+        room = LEFT * 1e9 * gpu.memory
+        found, n = self.cost, self._pieces(self.cost, share, room)
         settings = [f"speed.accumulate={n}"] if n > asked else []
         if (not n or share // n < BUSY < share) and not self.config.speed.checkpointing:
-            other = smallest(self.checkpointed)
+            other = self._pieces(self.checkpointed, share, room)
             pay = n and self._step(self.checkpointed, gpu, other or 1, SLOW) >= self._step(self.cost, gpu, n, SLOW)
             if other and not pay:
                 found, n = self.checkpointed, other
                 settings = [*([f"speed.accumulate={n}"] if n > asked else []), "speed.checkpointing=true"]
         return (found, n, " ".join(settings)) if n else (self.cost, asked, None)
+
+    def _pieces(self, cost: Cost, share: int, room: float, cpu: bool = False) -> int:
+        """The smallest `speed.accumulate` by which a device's share of a batch fits; 0 where none does."""
+        even = share % 2 == 0  # mixup takes pairs
+        counts = (n for n in range(self.config.speed.accumulate, share + 1) if share % n == 0)
+        fitting = (n for n in counts if self._memory(cost, share // n, cpu).total <= room)
+        return next((n for n in fitting if not even or share // n % 2 == 0), 0)
 
     def _memory(self, cost: Cost, images: int, cpu: bool = False) -> Memory:
         """On each GPU. DDP keeps gradients twice, FSDP a share of everything that is trained."""

@@ -22,7 +22,7 @@ def print_table(title: str, rows: Rows) -> None:
     """Prints rows under a title, floats with two digits."""
     console, table = Console(highlight=False), Table()
     for name in _columns(rows):
-        table.add_column(Text(printable(name)))
+        table.add_column(Text(printable(name)), overflow="fold")
     for row in rows:
         values = (row.get(name, "") for name in _columns(rows))
         texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mimlet.run import read_run
+from mimlet.run import LOCK, read_run
 from mimlet.train.checkpoint import read_checked
 from tests.faults.nursery import Nursery, Process
 from tests.tiny import ENCODER, SPEED, finetune_arguments, pretrain_arguments
@@ -35,7 +35,7 @@ class Case:
 
     def start(self, out: Path, *fault: object, log: str = "said.log") -> Process:
         """Begins or continues the training in a folder, under a fault."""
-        more = ["--resume"] if out.exists() else []
+        more = ["--resume"] if (out / LOCK).exists() else []  # until then there is nothing but an empty folder
         return self.nursery.start([*self.arguments, "--out", str(out), *more], out.with_name(log), *fault)
 
     def finish(self, out: Path) -> Process:

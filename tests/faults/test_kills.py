@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mimlet.run import LOCK
 from tests.faults.cases import STEPS, Cases, logged, results, wait_for_step
 from tests.faults.nursery import TIMEOUT
 
@@ -83,7 +84,7 @@ def test_real_processes(cases: Cases, tmp_path: Path) -> None:
     draw, out = random.Random(7), tmp_path / "run"
     for step, delay in ((0, draw.uniform(0, 3)), (draw.randint(1, STEPS // 2), 0.01), (0, 0.5), (STEPS, 0.05)):
         number = draw.choice((KILL, TERM, INT))
-        more = ["--resume"] if out.exists() else []
+        more = ["--resume"] if (out / LOCK).exists() else []
         process = subprocess.Popen(
             [sys.executable, "-m", "mimlet", *case.arguments, "--out", str(out), *more],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

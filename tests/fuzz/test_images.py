@@ -80,6 +80,12 @@ def test_mutated_heads(kind: str, share: float, edits: list[Edit]) -> None:
     check(mutated(VALID[kind][:size], edits) + VALID[kind][size:])
 
 
+@fuzzed(100)
+@given(st.sampled_from(("jpeg", "progressive", "cmyk", "mpo")), EDITS)
+def test_mutated_files_with_another_decoder(kind: str, edits: list[Edit]) -> None:
+    attempt(lambda: decode(mutated(VALID[kind], edits), "torchvision"), (UnreadableImage,))
+
+
 @fuzzed(50)
 @given(st.sampled_from((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"II*\0", b"BM", b"P6 ")), st.binary())
 def test_noise_behind_a_signature(signature: bytes, noise: bytes) -> None:

@@ -242,6 +242,24 @@ def test_kernels_of_others_are_not_fetched(inside: str, name: str, tmp_path: Pat
     assert "which may be code from elsewhere: refused" in said
 
 
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"architecture": 5},
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"url": "http://127.0.0.1:9/x"}},
+        {"model_type": ["vit"]},
+        {"model_type": "vit", "hidden_size": "x"},
+        {"model_type": "vit", "hidden_size": 0},
+        {"model_type": "vit", "auto_map": {"AutoModel": "somebody--code.Model"}},
+        {"model_type": "clip", "vision_config": 5},
+    ],
+)
+def test_other_libraries_refuse_strange_descriptions(description: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    (tmp_path / "model.safetensors").write_bytes(b"junk" * 99)
+    assert isinstance(attempt(lambda: open_teacher(str(tmp_path)), allowed=tmp_path), Refused)
+
+
 def test_metrics_name_the_line_that_is_wrong(whole: Path) -> None:
     other = with_file(whole, "metrics.jsonl", b'{"step": 1, "epoch": 0, "kind": "train", "time": 1}\n[]\n')
     with pytest.raises(RunError, match="line 2 is none of a run's"):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -39,6 +38,7 @@ from mimlet.models.weights import (
     open_checkpoint,
     read_tensors,
     triple,
+    unfit,
 )
 from mimlet.untrusted import parse_json
 
@@ -363,10 +363,11 @@ def open_teacher(source: str) -> Checkpoint | Foreign:
         return open_checkpoint(source)
     description = _description(folder)
     _check_folder(folder, description)
-    if "model_type" in description:
-        return _from_transformers(source, source)
-    if "architecture" in description:
-        return _from_timm(_timm_folder(folder), source)
+    with unfit(source):
+        if "model_type" in description:
+            return _from_transformers(source, source)
+        if "architecture" in description:
+            return _from_timm(_timm_folder(folder), source)
     raise WeightsError(
         f"{source} holds no {ENCODER_FILE}; expected the folder of a finished run, or a weights file, or a folder "
         "whose config.json has model_type (as transformers saves a model) or architecture (as timm saves it)"
@@ -389,7 +390,7 @@ def _timm_folder(folder: Path) -> nn.Module:
 
     try:
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (*REFUSALS, OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it raises on a damaged file or a strange description
         raise WeightsError(f"{folder} cannot be read by timm: {first_line(error)}") from None
     return model
 
@@ -407,7 +408,7 @@ def _from_transformers(name: str, source: str) -> Foreign:
             half: Any = transformers.CLIPVisionModelWithProjection
             model, info = half.from_pretrained(name, **options)
         inputs = get_image_processor_config(name)
-    except (*REFUSALS, OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it raises on a damaged file or a strange description
         raise WeightsError(
             f"{source} cannot be read by transformers: {first_line(error)}. Without a network, download the model's "
             "folder elsewhere and give its path"

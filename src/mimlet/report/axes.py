@@ -17,6 +17,8 @@ DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2")
 """With the 6 colours of page.html, styles repeat after 30 lines."""
 LETTER = 7.0
 """About the width of a letter in a figure's units."""
+TINY = 1e-200
+"""Values that are no further apart are equal, to a figure."""
 LINE = 13
 """The distance of two lines of text, in a figure's units."""
 
@@ -42,7 +44,8 @@ class Frame:
         """The vertical place of a value."""
         values = [np.asarray(value, dtype=np.float64) for value in (self.y_low, self.y_high, y)]
         low, high, at = (np.log10(value) for value in values) if self.logarithmic else values
-        return np.asarray(self.bottom - (self.bottom - self.top) * (at - low) / ((high - low) or 1))
+        with np.errstate(over="ignore"):  # a value may lie as far out as it likes
+            return np.asarray(self.bottom - (self.bottom - self.top) * (at - low) / ((high - low) or 1))
 
     def points(self, x: Array, y: Array) -> list[tuple[str, str]]:
         """Where values lie, as written in a figure."""
@@ -121,8 +124,8 @@ def swatch(style: int) -> Markup:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that enclose [low, high]."""
-    if high <= low:
-        margin = abs(low) / 2 or 1.0
+    if not high - low > TINY:
+        margin = abs(low) / 2 if abs(low) > TINY else 1.0
         low, high = (low - margin, high + margin) if low else (0.0, high + margin)
     rough = (high - low) / count
     power: float = 10.0 ** math.floor(math.log10(rough))

@@ -232,7 +232,7 @@ def curves_svg(
     if logarithmic:
         y_ticks = log_ticks(y_low, y_high)
     else:
-        y_ticks = ticks(0.0 if from_zero else y_low, y_high)
+        y_ticks = ticks(min(0.0, y_low) if from_zero else y_low, y_high)
         y_low, y_high = y_ticks[0], y_ticks[-1]
     frame = Frame(x_low, x_high, y_low, y_high, logarithmic)
 

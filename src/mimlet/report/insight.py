@@ -250,8 +250,9 @@ class Held:
                 clean |= {name: own["clean"] for name in corrupted if own}
             mean, mce = (None if found[name] is None else float(found[name]) for name in ("mean_top1", "mce"))
             severities = {str(name): [float(top1) for top1 in each] for name, each in found["corruptions"].items()}
-            if not all(map(math.isfinite, [*(own | top1 | corrupted | clean).values(), *sum(severities.values(), [])])):
-                raise ValueError("accuracies that are no numbers")
+            judged = [(own | top1 | corrupted).values(), clean.values(), *severities.values()]
+            if not all(abs(value) <= 100 for values in judged for value in values) or not abs(mce or 0) < 1e6:
+                raise ValueError("accuracies beyond 100 percent")
             lengths = {len(each) for each in severities.values()}
             if len(lengths) > 1 or 0 in lengths:
                 raise ValueError("corruptions of unequally many severities")
