@@ -61,6 +61,11 @@ def check_inflation(file: Path | IO[bytes], size: int) -> None:
         raise ValueError(f"it is compressed, which PyTorch's files are not, and would grow to {inflated:,} bytes")
 
 
+def torchs_reason(error: Exception) -> str:
+    """What `torch.load` says against a file; nothing where it goes on to advise reading it unsafely."""
+    return "" if "weights_only" in str(error) else " ".join(str(error).split())[:200].rstrip(".")
+
+
 def parse_json(text: str | bytes) -> Any:
     """What JSON holds. `ValueError` says what is wrong with it: also nesting beyond `MAX_DEPTH`."""
     return _flat(json.loads, text)

@@ -35,7 +35,7 @@ class Case:
 
     def start(self, out: Path, *fault: object, log: str = "said.log") -> Process:
         """Begins or continues the training in a folder, under a fault."""
-        more = ["--resume"] if (out / LOCK).exists() else []  # until then there is nothing but an empty folder
+        more = ["--resume"] if any(out.rglob(LOCK)) else []  # until then there is nothing but an empty folder
         return self.nursery.start([*self.arguments, "--out", str(out), *more], out.with_name(log), *fault)
 
     def finish(self, out: Path) -> Process:

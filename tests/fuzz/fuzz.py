@@ -155,7 +155,8 @@ def _note(event: str, path: object) -> None:
     if not isinstance(path, str | bytes) or (name := os.fsdecode(path)) == os.devnull:
         return
     assert _caught is not None
-    if _allowed is None or not Path(name).absolute().is_relative_to(_allowed):
+    places = [place for place in (_allowed, os.environ.get("MIMLET_CACHE")) if place]
+    if not any(Path(name).absolute().is_relative_to(place) for place in places):
         _caught.append(f"{event} {name}")
 
 
@@ -168,7 +169,7 @@ class Hangs(BaseException):
 
 @contextmanager
 def watched(allowed: Path | None = None) -> Iterator[None]:
-    """No program is run, nothing is fetched, nothing is written outside of `allowed`, and it ends."""
+    """No program is run, nothing is fetched, nothing is written outside of `allowed` and the cache, and it ends."""
     global _caught, _allowed
 
     def stop(number: int, frame: object) -> None:

@@ -55,7 +55,7 @@ from mimlet.models.weights_family import (
 from mimlet.models.weights_hiera import HieraFamily
 from mimlet.models.weights_hivit import HiViTFamily
 from mimlet.models.weights_vit import ViTFamily
-from mimlet.untrusted import check_inflation, parse_json, what_is_wrong
+from mimlet.untrusted import check_inflation, parse_json, torchs_reason, what_is_wrong
 
 Channels = tuple[float, float, float]
 Normalisation = tuple[Channels, Channels]
@@ -181,7 +181,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "give that file"
             ) from None
         known = isinstance(error, SafetensorError | RuntimeError | EOFError | ValueError | OSError)
-        reason = f" ({first_line(error)})" if known else ""
+        reason = f" ({torchs_reason(error)})" if known and torchs_reason(error) else ""
         raise WeightsError(
             f"{path} ({path.stat().st_size:,} bytes) is damaged or not a weights file{reason}; "
             "copy or download it again"

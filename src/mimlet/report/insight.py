@@ -242,8 +242,8 @@ class Held:
         try:
             found = parse_json(path.read_bytes())
             own = {"clean": float(found["clean"]["top1"])} if found["clean"] else {}
-            top1 = {entry["name"]: float(entry["top1"]) for entry in found["sets"]}
-            clean = {e["name"]: float(e["clean_top1"]) for e in found["sets"] if e["clean_top1"] is not None}
+            top1 = {str(entry["name"]): float(entry["top1"]) for entry in found["sets"]}
+            clean = {str(e["name"]): float(e["clean_top1"]) for e in found["sets"] if e["clean_top1"] is not None}
             corrupted = {}
             if found["mean_top1"] is not None:
                 corrupted = {"common corruptions": float(found["mean_top1"])}

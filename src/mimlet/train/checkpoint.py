@@ -21,7 +21,7 @@ import torch
 
 from mimlet.atomic import write_atomic
 from mimlet.errors import RunError
-from mimlet.untrusted import check_inflation, read_regular
+from mimlet.untrusted import check_inflation, read_regular, torchs_reason
 
 State = dict[str, Any]
 """Nested dictionaries of tensors, numbers and strings: what `torch.load(weights_only=True)` accepts."""
@@ -101,8 +101,8 @@ def read_checked(path: Path) -> State:
         check_inflation(io.BytesIO(data), len(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # the reader raises nearly every type; nothing of it has been run
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"checkpoint {path.name} is none of ours, and reading it was refused: {reason[:200]}") from None
+        reason = torchs_reason(error) or "it holds more than tensors, numbers and texts"
+        raise RunError(f"checkpoint {path.name} is none of ours, and reading it was refused: {reason}") from None
     if not isinstance(state, dict):
         raise RunError(f"checkpoint {path.name} is none of ours: it holds {type(state).__name__}, not a state")
     return state

@@ -573,6 +573,8 @@ class _Loop:
             if not 0 <= self.seconds_before < math.inf:
                 raise ValueError(f"{self.seconds_before} seconds of training")
             memory: State = state["optimizer"]
+            if not isinstance(memory, dict):
+                raise TypeError(f"the optimiser's memory is a {type(memory).__name__}")
         self.say(f"resumed after step {self.step} of {self.plan.total}")
         return memory
 
