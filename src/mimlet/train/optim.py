@@ -145,6 +145,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[str, nn.Parame
     return {name: {key: full(value) for key, value in values.items()} for name, values in memory.items()}
 
 
+def _check_memory(name: str, value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """`ValueError` unless a tensor has this shape and a number of its own for each place: a fused optimiser writes
+    over the end of another one.
+    """
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, not {list(shape)}")
+    end = (value.storage_offset() + value.numel()) * value.element_size()
+    dense = value.layout is torch.strided and (value.is_contiguous() or value.stride() == stride)
+    if not dense or end > value.untyped_storage().nbytes():
+        raise ValueError(f"{name} does not hold as many numbers as it claims")
+
+
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], state: dict[str, dict[str, Tensor]]
 ) -> None:
@@ -154,8 +166,7 @@ def load_optimizer_state(
         raise ValueError(f"the optimiser's memory has {', '.join(sorted(frozenset.union(*keys)))}, but not everywhere")
     for name, parameter in names.items():
         for key, value in state.get(name, {}).items():
-            if value.shape not in ((), parameter.shape):
-                raise ValueError(f"{key} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
+            _check_memory(f"{key} of {name}", value, () if key == "step" else parameter.shape, parameter.stride())
     by_parameter = {
         parameter: {key: divide(value, parameter) for key, value in state[name].items()}
         for name, parameter in names.items()
