@@ -31,7 +31,7 @@ class Nursery:
     """The client's side."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         self.server = subprocess.Popen(
             [sys.executable, "-m", __name__],
             env=environment,

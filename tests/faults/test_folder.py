@@ -71,7 +71,10 @@ def test_metrics_that_are_damaged_before_their_end(mae: Case, run: Path) -> None
     mae.finish(run)
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "pictures.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", *(pytest.param(name, marks=pytest.mark.full) for name in ("environment.json", "pictures.json"))],
+)
 def test_small_files_that_are_cut_short(name: str, mae: Case, run: Path) -> None:
     """It is said which, and what to do about it."""
     shutil.rmtree(run / "tensorboard")

@@ -11,7 +11,9 @@ from mimlet.train.checkpoint import read_checked
 from tests.faults.cases import Case, Cases, results
 
 
-@pytest.mark.parametrize(("fault", "log_steps"), [("nan_batch", 1), ("nan_loss", 4)])
+@pytest.mark.parametrize(
+    ("fault", "log_steps"), [("nan_batch", 1), pytest.param("nan_loss", 4, marks=pytest.mark.full)]
+)
 def test_not_a_number(fault: str, log_steps: int, mae: Case, tmp_path: Path) -> None:
     """Training stops with what led there, and no checkpoint has it."""
     case = mae.but(f"run.log_steps={log_steps}")
