@@ -14,9 +14,14 @@ from benchmarks.contenders import RATIO, Step, images, trainer
 from benchmarks.plain import Case, fill, noises
 from benchmarks.plain_baselines import MOMENTUM, Baseline, inputs
 from benchmarks.plain_hierarchical import FEATURE_WEIGHT, FOLLOW, Hierarchical, draws
-from mimlet.config import validate
+from mimlet.config import IMAGENET_MEAN, IMAGENET_STD, AugmentSettings, validate
+from mimlet.data.augment import training_transform
 from mimlet.data.batch import Batch
+from mimlet.data.dataset import ImageDataset
+from mimlet.data.joint import JointDataset
+from mimlet.data.loader import training_batches
 from mimlet.data.masks import Mask
+from mimlet.data.source import open_source
 from mimlet.hardware import keep_freed_memory
 from mimlet.methods.base import Clock, Method
 from mimlet.methods.beit import BEiT
@@ -162,6 +167,16 @@ def mimlet_step(batch: int, bf16: bool, case: Case) -> Step:
     made = mae(case) if case.method == "mae" else method(case, bf16)
     pixels, noise = images(batch, case.size), noises(batch, case)
     return train(made, lambda: loss_of(made, batch_of(made, pixels, noise())), bf16)
+
+
+def mimlet_training(batch: int, bf16: bool, case: Case, data: str) -> Step:
+    """From files to the new weights, with no loader process: crop and flip (bicubic), masks, step."""
+    made = mae(case) if case.method == "mae" else method(case, bf16)
+    transform = training_transform(AugmentSettings(interpolation="bicubic"), case.size, "student")
+    joint = JointDataset([ImageDataset(open_source([data]), transform, made.masks())])
+    stream = training_batches(joint, batch=batch, total_steps=10**9)
+    normalisation = (IMAGENET_MEAN, IMAGENET_STD)
+    return train(made, lambda: loss_of(made, next(stream).prepare("cpu", [normalisation]).batches[0]), bf16)
 
 
 class Given(Tokenizer):
