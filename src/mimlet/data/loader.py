@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -138,27 +142,6 @@ def _handed_over(batches: Sequence[Batch], done: torch.cuda.Event) -> Sequence[B
     return batches
 
 
-@contextmanager
-def plain_worker_errors() -> Iterator[None]:
-    """Turns torch's error about a dead loader process into a `TryAgain`.
-
-    torch raises it from a signal handler, anywhere in the main process: wrap the whole loop, not only the loading.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise _died(error) from error
-
-
-def _died(error: Exception) -> TryAgain:
-    return TryAgain(
-        "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
-        f"use fewer speed.workers, or 0 to load in the main process ({str(error).partition(chr(10))[0]})"
-    )
-
-
 @dataclass(frozen=True)
 class _TrainingOrder:
     """The places of every micro-batch, made while they are asked for."""
@@ -206,25 +189,79 @@ def loaded(loader: DataLoader[T]) -> Generator[T, None, None]:
     """What a loader gives; `TryAgain` where one of its processes dies.
 
     A process that is asked to stop along with its parent, as schedulers and terminals do, leaves the answer to it:
-    until the parent has saved, it needs batches. A second SIGTERM, such as the parent's own, ends it.
+    until the parent has saved, it needs batches. When this ends, its processes have ended.
     """
-    loader.worker_init_fn = _leave_signals
-    with plain_worker_errors():
+    if not loader.num_workers:
+        yield from loader
+        return
+    with _deaths_unannounced():
+        iterator, processes = _started(loader)
         try:
-            yield from _started(loader)
-        except (EOFError, ConnectionError, FileNotFoundError) as error:  # of one that dies while it hands over a batch
-            if not loader.num_workers or str(error).startswith("Caught "):  # these come from the data set
-                raise
-            raise _died(error) from error
+            while True:
+                error: Exception | None = None
+                try:
+                    if not (dead := _dead(processes)):
+                        item = next(iterator)
+                except StopIteration:
+                    break
+                except (EOFError, OSError, RuntimeError) as raised:
+                    dead = "" if str(raised).startswith("Caught ") else _dead(processes, patience=1)  # by the data set
+                    if not dead:
+                        raise
+                    error = raised
+                if dead:
+                    vars(iterator)["_shutdown"] = True  # its own end waits for locks that the dead may hold
+                    raise TryAgain(
+                        "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
+                        f"use fewer speed.workers, or 0 to load in the main process ({dead})"
+                    ) from error
+                yield item
+        finally:
+            del iterator  # which asks them to end
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-def _started(loader: DataLoader[T]) -> Iterator[T]:
-    """Its iterator. Until its processes have handlers of their own, signals wait."""
+def _dead(processes: Sequence[BaseProcess], patience: float = 0) -> str:
+    """How those that have ended did; waits so many seconds for the first."""
+    ended = wait([process.sentinel for process in processes], patience)
+    told = []
+    for process in processes:
+        if process.sentinel in ended:
+            process.join()
+            code = process.exitcode or 0
+            told.append(f"process {process.pid}: {signal.strsignal(-code) if code < 0 else f'exit code {code}'}")
+    return ", ".join(told)
+
+
+@contextmanager
+def _deaths_unannounced() -> Iterator[None]:
+    """Without torch's signal handler, which raises an error about a dead loader process wherever the main process is:
+    in a destructor, where it is lost, or while a checkpoint or a message is written. `loaded` looks by itself.
+    """
+    if threading.current_thread() is not threading.main_thread():  # torch sets no handler then
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _started(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
+    """Its iterator, and its processes. Until these have handlers of their own, signals wait."""
+    loader.worker_init_fn = _leave_signals
+    others = active_children()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        return iter(loader)
+        iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return iterator, [process for process in active_children() if process not in others]
 
 
 def _leave_signals(worker: int) -> None:

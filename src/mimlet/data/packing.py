@@ -35,7 +35,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from mimlet.atomic import disk_error, replacing, write_atomic
 from mimlet.data.augment import short_side
 from mimlet.data.decode import Encoded, UnreadableImage, decode
-from mimlet.data.loader import loaded, plain_worker_errors
+from mimlet.data.loader import loaded
 from mimlet.data.pack import (
     ENTRY,
     INDEX_FILE,
@@ -283,7 +283,7 @@ def _write_shards(job: _Job, workers: int) -> None:
         generator=torch.Generator(),  # else the loader draws its seed from the global generator
     )
     console = Console(stderr=True)
-    with answered_signals(shown=True) as stop, plain_worker_errors():
+    with answered_signals(shown=True) as stop:
         shown = track(
             loaded(loader), "packing", len(todo), console=console, transient=True, disable=not console.is_terminal
         )

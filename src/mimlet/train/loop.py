@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from mimlet.atomic import write_atomic
 from mimlet.config import Config, ScheduleSettings
 from mimlet.data.batch import Batch
-from mimlet.data.loader import plain_worker_errors
 from mimlet.data.seeding import key
 from mimlet.errors import ConfigError, DataError, RunError, TrainingStopped
 from mimlet.methods.base import Clock, Method
@@ -191,7 +190,7 @@ def fit_together(
     def saved() -> int:
         return min((loop.saved for loop in loops), default=0)
 
-    with answered_signals(fabric.is_global_zero) as stop, plain_worker_errors(), plain_peer_errors(saved):
+    with answered_signals(fabric.is_global_zero) as stop, plain_peer_errors(saved):
         plan = Plan.make(config.schedule, steps_per_epoch)
         display = Display(plan.total, fabric.is_global_zero, [job.run.path.name for job in jobs if job.run])
         for number, job in enumerate(jobs):
