@@ -2,6 +2,6 @@
 
 import sys
 
-from mimlet.cli import main
+from mimlet.cli import run
 
-sys.exit(main())
+sys.exit(run())

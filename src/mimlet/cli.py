@@ -7,6 +7,7 @@ answered at once. What a user can cause is answered in at most five lines with e
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -659,6 +660,13 @@ def _check_paths(option: str, paths: Sequence[str] | None, *, needed: bool) -> N
     missing = [path for path in paths or [] if not path.startswith("torchvision:") and not Path(path).exists()]
     if missing:
         raise DataError(f"{option}: {missing_path(missing[0])}")
+
+
+def run() -> int:
+    """The whole life of a process: `main`, and then an end that Ctrl-C cuts short without a trace."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -374,6 +375,27 @@ def _check_resume(folder: Path, config: Config, resume: bool, allow_changes: boo
         )
 
 
+def _owner(file: TextIO) -> str:
+    """Who holds the lock. It writes that once it has it: for a moment there is still the process before, or nobody."""
+    for patience in (0.05,) * 20:
+        file.seek(0)
+        pid, _, node = file.read(100).strip().partition(" on ")
+        if node and (node != platform.node() or _lives(pid)):
+            return f"{pid} on {node}"
+        time.sleep(patience)
+    return "unknown"
+
+
+def _lives(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 def _lock(folder: Path) -> TextIO:
     """Takes the folder for this process until the returned file is closed or the process ends."""
     try:
@@ -382,8 +404,7 @@ def _lock(folder: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                file.seek(0)
-                owner = file.read(100).strip() or "unknown"
+                owner = _owner(file)
             raise TryAgain(
                 f"{folder} is in use by process {owner}; wait until it ends, or give another --out"
             ) from None

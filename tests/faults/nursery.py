@@ -155,13 +155,13 @@ if __name__ == "__main__":
     import mimlet.methods.mae
     import mimlet.methods.simmim
     import mimlet.tasks.classify  # noqa: F401
-    from mimlet.cli import main
+    from mimlet.cli import run
     from tests.faults import faults
 
     gc.freeze()  # else the collector would copy it
     try:
         _serve()
-        code = main()
+        code = run()
     except KeyboardInterrupt:  # in the moments around the command
         code = 130
     except BaseException:

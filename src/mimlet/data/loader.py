@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import active_children, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -265,6 +266,8 @@ def _started(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
 
 
 def _leave_signals(worker: int) -> None:
+    if (parent := parent_process()) is not None and os.getppid() != parent.pid:
+        os._exit(0)  # it was killed meanwhile, which torch would not notice any more
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
