@@ -571,6 +571,8 @@ def _compare(options: Mapping[str, Any], command: str) -> None:
     resume, allow_changes = options["resume"], options["allow_changes"]
     results = api.compare(configs, resume=resume, allow_changes=allow_changes, command=command)
     if len(results) == len(configs):
+        for leftover in Path(options["out"]).glob(".report.html.*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
         api.report([result.folder for result in results], out=f"{options['out']}/report.html")
 
 
@@ -680,6 +682,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *where, **line: (
         f"note: {printable(str(message), lines=True)}\n"
     )  # not the code that gave it
+    warnings.filterwarnings("once", message="This DataLoader will create")  # more processes than processors
     try:
         code = group.main(given, prog_name="mimlet", standalone_mode=False, obj=shlex.join(["mimlet", *given]))
     except typer.TyperException as error:

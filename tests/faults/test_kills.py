@@ -59,9 +59,10 @@ def test_ended_at_a_random_moment(seed: int, cases: Cases, tmp_path: Path) -> No
         time.sleep(0.05)
 
 
-def test_killed_at_every_touch_of_a_file(full: bool, cases: Cases, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["classify", pytest.param("compare", marks=pytest.mark.full)])
+def test_killed_at_every_touch_of_a_file(name: str, full: bool, cases: Cases, tmp_path: Path) -> None:
     """All a run does to its folder, one by one: checkpoints, metrics, pictures, the exported model, the report."""
-    case, whole = cases["classify"].but("--steps", "2", "run.report=true"), tmp_path / "whole"
+    case, whole = cases[name].but("--steps", "2", "run.report=true"), tmp_path / "whole"
     assert case.start(whole, "die", 0, whole).wait() == 0
     case = replace(case, whole=results(whole))
     events = whole.with_name("whole.events").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing import active_children, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -268,6 +269,13 @@ def _started(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
 def _leave_signals(worker: int) -> None:
     if (parent := parent_process()) is not None and os.getppid() != parent.pid:
         os._exit(0)  # it was killed meanwhile, which torch would not notice any more
+    excepthook = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, EOFError | OSError):  # multiprocessing's, when the parent is killed while it fetches
+            excepthook(kind, error, trace)
+
+    sys.excepthook = report
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
