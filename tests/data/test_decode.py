@@ -242,7 +242,8 @@ def test_a_jpeg_is_decoded_when_its_pixels_are_asked_for(monkeypatch: pytest.Mon
 def test_a_reduced_crop_keeps_twice_the_wanted_size(side: int, wanted: int, shape: tuple[int, int]) -> None:
     """A box of side + 1 x side: of 162 x 161 a quarter is left, of 160 x 159 a half, of 80 x 79 all."""
     photo = Photo(encoded(picture(0, (403, 301))))
-    part = photo.cut(Box(50, 101, side + 1, side), wanted)
+    box = Box(50, 101, side + 1, side)
+    part = photo.cut(box, photo.reduction(box, wanted))
     assert part.shape == (3, *shape)
     assert min(part.shape[1:]) >= min(2 * wanted, side)
 
@@ -258,7 +259,8 @@ def test_a_reduced_crop_is_the_same_part_of_the_image(orientation: int) -> None:
     for box in (Box(40, 52, 160, 168), Box(1, 3, 201, 202), Box(0, 0, photo.size[1], photo.size[0])):
         full = photo.cut(box).double()
         for wanted, reduction in ((40, 2), (20, 4), (10, 8)):
-            reduced = photo.cut(box, wanted).double()
+            assert photo.reduction(box, wanted) == reduction
+            reduced = photo.cut(box, reduction).double()
             assert abs(reduced.shape[1] - box.height / reduction) <= 1
             assert abs(reduced.shape[2] - box.width / reduction) <= 1
             for edge in (0, -1):
@@ -269,4 +271,4 @@ def test_a_reduced_crop_is_the_same_part_of_the_image(orientation: int) -> None:
 
 def test_only_jpeg_is_reduced() -> None:
     for data in (encoded(picture(0, (400, 300)), "PNG"), np.asarray(picture(0, (400, 300)))):
-        assert Photo(data).cut(Box(0, 0, 300, 400), 20).shape == (3, 300, 400)
+        assert Photo(data).reduction(Box(0, 0, 300, 400), 20) == 1

@@ -1,6 +1,7 @@
 import pickle
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from time import process_time
 
 import numpy as np
@@ -12,13 +13,15 @@ from torchvision.transforms import ColorJitter, v2
 from torchvision.transforms.v2 import functional as F
 
 from mimlet.config import AugmentSettings
-from mimlet.data.augment import check_crop, resized_crop
-from mimlet.data.dataset import ImageDataset
+from mimlet.data.augment import check_crop
+from mimlet.data.dataset import ImageDataset, Sample
+from mimlet.data.decode import Photo
+from mimlet.data.pixels import Pixels, cut, planes, resize
 from mimlet.data.seeding import seeded
 from mimlet.data.source import open_source
 from mimlet.data.views import View, Views, blur_range, gaussian_blur, refuse_other_augmentation
 from mimlet.errors import ConfigError
-from tests.data.images import picture
+from tests.data.images import encoded, picture
 
 PLAIN = View(24, scale=(1.0, 1.0), flip=0, jitter_p=0, gray_p=0)
 IMAGE = picture(0, (40, 30))
@@ -26,12 +29,17 @@ IMAGE = picture(0, (40, 30))
 
 def drawn(view: View, seed: int, image: Image.Image = IMAGE) -> Tensor:
     with seeded(seed):
-        return view(image)
+        return Views({"view": view})(image)["view"]
+
+
+def cropped(view: View = PLAIN) -> Tensor:
+    box, mode = view.draw(IMAGE.size)
+    return planes(resize(cut(IMAGE, box), view.size, view.size, mode))
 
 
 def crop(seed: int, view: View = PLAIN) -> Tensor:
     with seeded(seed):
-        return resized_crop(IMAGE, view.size, view.scale, view.ratio, view.interpolation)
+        return cropped(view)
 
 
 def test_nothing_but_the_crop() -> None:
@@ -63,7 +71,7 @@ def test_jitter_equals_torchvision_on_pillow() -> None:
     theirs = ColorJitter(0.4, 0.4, 0.2, 0.1)
     for seed in range(20):
         with seeded(seed):
-            pixels = resized_crop(IMAGE, 24, view.scale, view.ratio, view.interpolation)
+            pixels = cropped(view)
             torch.rand(())
             expected = F.pil_to_tensor(theirs(F.to_pil_image(pixels)))
         assert torch.equal(drawn(view, seed), expected)
@@ -163,6 +171,34 @@ def test_a_data_set_repeats_its_views(tmp_path_factory: pytest.TempPathFactory) 
         assert not torch.equal(first.views[name], later.views[name])
 
 
+def test_a_large_jpeg_is_decoded_once_and_reduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As little as the view allows that needs most of it; the crops are those of the whole image."""
+    decoded: list[int] = []
+    read = Photo._read
+
+    def counted(self: Photo, reduction: int) -> Pixels:
+        decoded.append(reduction)
+        return read(self, reduction)
+
+    (tmp_path / "0.jpg").write_bytes(encoded(picture(3, (640, 480)), quality=95))
+    views = Views(
+        {"large": replace(PLAIN, size=16, scale=(0.9, 1.0)), "small": replace(PLAIN, size=8, scale=(0.1, 0.2))}
+    )
+    whole, reduced = (ImageDataset(open_source([str(tmp_path)]), views, reduced=reduced) for reduced in (False, True))
+    monkeypatch.setattr(Photo, "_read", counted)
+    for epoch in range(5):
+        one, two = whole[epoch, 0], reduced[epoch, 0]
+        assert isinstance(one, Sample)
+        assert isinstance(two, Sample)
+        for name in views.views:
+            assert 0 < (one.views[name].int() - two.views[name].int()).abs().double().mean() < 3
+    assert decoded[::2] == [1] * 5
+    assert set(decoded[1::2]) == {8}
+    tiny = ImageDataset(open_source([str(tmp_path)]), Views({**views.views, "huge": View(200)}), reduced=True)
+    tiny[0, 0]
+    assert decoded[10:] == [1]
+
+
 def test_wide_and_tiny_images() -> None:
     for size in [(1, 1), (1, 50), (300, 2)]:
         assert drawn(View(32, blur_p=1.0, solarize_p=1.0), 0, picture(2, size)).shape == (3, 32, 32)
@@ -191,7 +227,7 @@ def test_other_augmentation_is_refused() -> None:
 def test_a_view_is_no_slower_than_torchvisions() -> None:
     """The same changes by torchvision's transforms on tensors take three times as long (12.7 ms against 3.9)."""
     image = picture(0, (500, 375))
-    ours = View(224, jitter_p=1.0, blur_p=1.0)
+    ours = Views({"view": View(224, jitter_p=1.0, blur_p=1.0)})
     theirs = v2.Compose(
         [
             v2.PILToTensor(),

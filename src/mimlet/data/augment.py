@@ -59,7 +59,7 @@ def evaluation_transform(augment: AugmentSettings, image_size: int) -> Transform
 def check_crop(
     scale: tuple[float, float], ratio: tuple[float, float], scale_setting: str = "data.augment.crop_scale"
 ) -> None:
-    """Raises `ConfigError` where `resized_crop` could not draw; `scale_setting` is where the scale comes from."""
+    """Raises `ConfigError` where `draw_box` could not draw; `scale_setting` is where the scale comes from."""
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ConfigError(f"{scale_setting} is {low}, {high}; expected smallest and largest share of the area, up to 1")
@@ -68,14 +68,6 @@ def check_crop(
         raise ConfigError(
             f"data.augment.crop_ratio is {low}, {high}; expected smallest and largest width / height, above 0"
         )
-
-
-def resized_crop(
-    image: Pixels, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str
-) -> Tensor:
-    """torchvision's RandomResizedCrop: uint8 [3,S,S]. `interpolation` "random" draws bilinear or bicubic."""
-    part = cut(image, draw_box(extent(image), scale, ratio))
-    return resize(part, size, size, draw_mode(interpolation))
 
 
 def draw_box(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from mimlet.data.decode import Decoder, Photo, UnreadableImage, check_decoder
 from mimlet.data.masks import MaskSampler
 from mimlet.data.seeding import key, seeded
 from mimlet.data.source import Source
+from mimlet.data.views import Views
 from mimlet.errors import DataError, TryAgain, UserError
 
 T = TypeVar("T")
@@ -63,8 +65,9 @@ class ImageDataset(Dataset[Sample | UserError]):
     other transform runs with the global generators seeded by it, and each mask is drawn from a generator seeded by it
     and the mask's name. So neither workers, order nor restarts change a sample.
 
-    `decoder`: what reads JPEG files. `reduced`: `Crops` are cut from a JPEG read at reduced scale, where enough of it
-    is left (`Photo.cut`). `on_device`: views of `Crops` are left to the device, which gets the crops (`Batch.cuts`).
+    `decoder`: what reads JPEG files. `reduced`: `Crops` and `Views` are cut from a JPEG read at reduced scale, where
+    enough of it is left (`Photo.reduction`). `on_device`: views of `Crops` are left to the device, which gets the
+    crops (`Batch.cuts`).
 
     An unreadable image is replaced by another at random in training, and left out of the batch in evaluation, where
     others can be reached; either way the batch reports its name and the reason. `ATTEMPTS` unreadable images in a row
@@ -127,26 +130,31 @@ class ImageDataset(Dataset[Sample | UserError]):
     def sample(self, at: tuple[int, int], found: Found) -> Sample:
         """Item (e, i) made from its image: views and draws."""
         epoch, index = at
-        number, transform = key("sample", self.seed, epoch, index), self.transform
+        number, transform, photo = key("sample", self.seed, epoch, index), self.transform, found.photo
         views: dict[str, Tensor] = {}
         cut = None
         if isinstance(transform, Crops):
-            draw = transform.draw(found.photo.size, torch.Generator().manual_seed(number))
-            part = found.photo.cut(draw.box, transform.size if self.reduced else 0)
+            draw = transform.draw(photo.size, torch.Generator().manual_seed(number))
+            part = photo.cut(draw.box, photo.reduction(draw.box, transform.size) if self.reduced else 1)
             if self.on_device:
                 cut = Cut.of(part, draw, transform.size)
             else:
                 with seeded(number) if transform.randaugment else nullcontext():
                     views = transform.render(part, draw)
+        elif isinstance(transform, Views):
+            with seeded(number):
+                draws = transform.draw(photo.size)
+                wanted = [photo.reduction(box, transform.views[name].size) for name, (box, _) in draws.items()]
+                views = transform.render(draws, partial(photo.cut, reduction=min(wanted) if self.reduced else 1))
         else:
             with seeded(number):
-                views = transform(found.photo.pixels())
-        draws = {}
+                views = transform(photo.pixels())
+        masks = {}
         for name, sampler in self.samplers.items():
             generator = torch.Generator().manual_seed(key("mask", self.seed, epoch, index, name))
-            draws[name] = sampler.draw(generator)
+            masks[name] = sampler.draw(generator)
         dropped = found.unreadable is not None and not self.train
-        return Sample(views, found.index, found.label, draws, found.unreadable, dropped, cut)
+        return Sample(views, found.index, found.label, masks, found.unreadable, dropped, cut)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The image itself, then others at random: broken files often lie together."""

@@ -96,19 +96,21 @@ class Photo:
                 self._known[reduction] = self._read(reduction)
         return self._known[reduction]
 
-    def cut(self, box: Box, wanted: int = 0) -> Tensor:
+    def reduction(self, box: Box, wanted: int) -> int:
+        """At which share of its size a JPEG can be read so that both sides of the box keep at least twice so many
+        pixels as `wanted`: 8, 4, 2 for 1/8, 1/4, 1/2; else 1.
+        """
+        most = min(box.height, box.width) // (2 * wanted) if self._jpeg else 1
+        return next((each for each in (8, 4, 2) if each <= most), 1)
+
+    def cut(self, box: Box, reduction: int = 1) -> Tensor:
         """The pixels in `box`, uint8 [3,h,w] in memory [h,w,3].
 
-        With `wanted`, a JPEG is read at 1/2, 1/4 or 1/8 of its size as long as both sides of the box keep at least
-        twice so many pixels; the edges of the box are then rounded to pixels of that size. That is faster, and not
-        identical to cutting from all pixels.
+        With a `reduction` of `reduction()`, from a JPEG read at so much less of its size; the edges of the box are then
+        rounded to pixels of that size. That is faster, and not identical to cutting from all pixels.
         """
         if isinstance(self._data, np.ndarray):
             return cut(self._data, box)
-        reduction = 1
-        if wanted and self._jpeg:
-            most = min(box.height, box.width) // (2 * wanted)
-            reduction = next((each for each in (8, 4, 2) if each <= most), 1)
         image = self.pixels(reduction)
         return cut(image, box if reduction == 1 else _rescaled(box, self.size, extent(image)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +14,8 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
 from mimlet.config import AugmentSettings
-from mimlet.data.augment import resized_crop
-from mimlet.data.pixels import Pixels, as_pillow, planes, whole
+from mimlet.data.augment import draw_box, draw_mode
+from mimlet.data.pixels import Box, Pixels, as_pillow, cut, extent, planes, resize, whole
 from mimlet.errors import ConfigError
 
 SOLARIZE_FROM = 128
@@ -47,9 +47,13 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
 
-    def __call__(self, image: Pixels) -> Tensor:
-        """A decoded RGB image -> uint8 [3,S,S]. All randomness is torch's."""
-        pixels = planes(resized_crop(image, self.size, self.scale, self.ratio, self.interpolation))
+    def draw(self, size: tuple[int, int]) -> tuple[Box, str]:
+        """The crop of an image of `size` (width, height), and how it is resized. All randomness here is torch's."""
+        return draw_box(size, self.scale, self.ratio), draw_mode(self.interpolation)
+
+    def render(self, part: Tensor, mode: str) -> Tensor:
+        """The crop, uint8 [3,h,w] -> uint8 [3,S,S]."""
+        pixels = planes(resize(part, self.size, self.size, mode))
         if _chance(self.jitter_p):
             pixels = _jittered(pixels, *self.jitter)
         if _chance(self.gray_p):
@@ -66,13 +70,24 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """A transform (`data.augment.Transform`): independent views of one image, by name."""
+    """A transform (`data.augment.Transform`): independent views of one image, by name.
+
+    All crops are drawn before the first is cut, so that no more of an image has to be decoded than they need.
+    """
 
     views: Mapping[str, View]
 
+    def draw(self, size: tuple[int, int]) -> dict[str, tuple[Box, str]]:
+        """`View.draw` of each."""
+        return {name: view.draw(size) for name, view in self.views.items()}
+
+    def render(self, draws: Mapping[str, tuple[Box, str]], cut: Callable[[Box], Tensor]) -> dict[str, Tensor]:
+        """Views uint8 [3,S,S], S of each its own; `cut` gives the pixels of a crop."""
+        return {name: view.render(cut(draws[name][0]), draws[name][1]) for name, view in self.views.items()}
+
     def __call__(self, image: Pixels) -> dict[str, Tensor]:
-        """A decoded RGB image -> its views, uint8 [3,S,S], S of each its own."""
-        return {name: view(image) for name, view in self.views.items()}
+        """A decoded RGB image -> its views."""
+        return self.render(self.draw(extent(image)), lambda box: cut(image, box))
 
 
 def blur_range(image_size: int) -> tuple[float, float]:
