@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mimlet.errors import WeightsError
 from mimlet.models.build import encoder_of
 from mimlet.models.decoders import make_decoder
 from mimlet.models.shapes import HieraShape, HiViTShape, Shape, ViTShape
@@ -175,6 +176,16 @@ def test_other_descriptions(place: Path, kind: str, changes: list[tuple[int, str
     path = place / "described.safetensors"
     path.write_bytes(ours(kind, changed(json.loads(json.dumps(info)), changes)))
     use(path)
+
+
+@pytest.mark.parametrize("wrong", [{"pyramid_hidden": 0}, {"pyramid_dim": -1}, {"dim": 1, "heads": 1}])
+def test_widths_of_nothing(place: Path, wrong: dict[str, int]) -> None:
+    """Found at random: layers of zero channels."""
+    info = stored(OF["itpn"])
+    path = place / "nothing.safetensors"
+    path.write_bytes(ours("itpn", {**info, "shape": {**info["shape"], **wrong}}))
+    with pytest.raises(WeightsError, match="describes an encoder that cannot be"):
+        load_encoder(path, heads=0)
 
 
 SIZES = st.sampled_from((0, 1, 2, 3, 12, 16, 36, 1000))

@@ -275,7 +275,11 @@ def _check_shape(checkpoint: Checkpoint, shape: Shape) -> None:
     """Refuses an architecture that no encoder has, or that is far larger than the file."""
     blocks = [shape.depth] if isinstance(shape, ViTShape) else [*shape.stages, getattr(shape, "pyramid_depth", 0)]
     numbers = [shape.image_size, shape.patch, shape.dim, shape.heads, shape.mlp_ratio, sum(blocks)]
-    if min(numbers) <= 0 or min(blocks) < 0 or shape.dim % shape.heads or shape.image_size % shape.patch:
+    impossible = min(numbers) <= 0 or min(blocks) < 0 or shape.dim % shape.heads or shape.image_size % shape.patch
+    if isinstance(shape, HiViTShape):
+        pyramid = shape.pyramid_dim and min(shape.pyramid_dim, shape.pyramid_hidden) <= 0
+        impossible = impossible or shape.dim % 4 or pyramid
+    if impossible:
         raise WeightsError(f"{checkpoint.source} describes an encoder that cannot be: {shape}")
     if sum(blocks) > len(checkpoint.encoder):
         raise WeightsError(
