@@ -83,6 +83,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Fake]:
         "lightning.pytorch.loggers": {"MLFlowLogger": Fake},
         "mlflow": {"get_tracking_uri": lambda: "somewhere"},
     }
+    for variable in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(variable, "1")  # so that it is put back
     for dotted, content in names.items():
         parts = dotted.split(".")
         for count in range(1, len(parts) + 1):
@@ -127,6 +129,17 @@ def test_both_get_settings_numbers_and_pictures(fakes: list[Fake], tmp_path: Pat
         assert told["schedule"]["batch"] == 8
         assert logger.told[1:] == [*expected, ("end", end)]
     assert json.loads((tmp_path / "tiny" / "loggers.json").read_text()) == {"wandb": "new0", "mlflow": "new1"}
+
+
+def test_a_server_of_mlflow_that_is_silent_is_given_up_soon(
+    fakes: list[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is MLflow's to do, by its variables; the user's word counts more."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+    with RunFolder.create(tmp_path, config(mlflow="leaves")):
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
 
 def test_a_resumed_run_continues_theirs(fakes: list[Fake], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import mimlet
 from mimlet.cli import main
 from mimlet.config import load_config, recipe_paths
 from mimlet.data.masks import Mask
-from mimlet.errors import ConfigError
+from mimlet.errors import ConfigError, DataError
 from mimlet.methods.base import Clock, Method
 from mimlet.models.build import encoder_of
 from mimlet.models.encoder import Encoder
@@ -247,6 +247,11 @@ def test_wrong_words_are_answered_without_torch(
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"8 cannot be split evenly over 3 GPUs x 1 .* such as 9"):
         arithmetic("mae_micro32", *TINY, gpus=3)
+
+
+def test_a_sample_that_fills_no_batch(photos: Path) -> None:
+    with pytest.raises(DataError, match=r"do not fill one batch of 4,096; .*, or say with --images how many there are"):
+        arithmetic("mae_tiny", data=photos)
 
 
 def test_unknown_options_from_python() -> None:

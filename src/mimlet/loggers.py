@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -148,9 +149,15 @@ class Wandb(Sink):
 
 
 class MLflow(Sink):
-    """A run of MLflow, where `MLFLOW_TRACKING_URI` says, else in its usual local place."""
+    """A run of MLflow, where `MLFLOW_TRACKING_URI` says, else in its usual local place.
+
+    A server that does not answer is given up within a minute, unless MLflow's own variables say otherwise: by its
+    defaults the training would wait for it for a quarter of an hour.
+    """
 
     def __init__(self, folder: Path, config: Config, id: str | None) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
         import mlflow
         from lightning.pytorch.loggers import MLFlowLogger
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from mimlet.config import Config
-from mimlet.errors import ConfigError
+from mimlet.errors import ConfigError, DataError
 from mimlet.methods.settings import METHODS
 from mimlet.planning.gpus import GPU, GPUS, find_gpu, gpu_called
 from mimlet.planning.request import Request, read_request
@@ -266,7 +266,10 @@ class _Planner:
         from mimlet.train.loop import Plan
 
         config = self.config
-        per_epoch = steps_per_epoch(self.images, config.schedule.batch)
+        try:
+            per_epoch = steps_per_epoch(self.images, config.schedule.batch)
+        except DataError as error:
+            raise DataError(f"{error}, or say with --images how many there are, if these are a sample") from None
         schedule = Plan.make(config.schedule, per_epoch)
         self.steps = schedule.total
         every = schedule.evaluate_every
