@@ -249,7 +249,7 @@ def _deaths_unannounced() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _started(loader: DataLoader[T]) -> tuple[Iterator[T], list[BaseProcess]]:
