@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader
 
 from mimlet.data.batch import Batch
@@ -212,7 +213,7 @@ def loaded(loader: DataLoader[T]) -> Generator[T, None, None]:
                         raise
                     error = raised
                 if dead:
-                    vars(iterator)["_shutdown"] = True  # its own end waits for locks that the dead may hold
+                    _abandon(iterator)
                     raise TryAgain(
                         "a data loading process died, most often because memory or shared memory (/dev/shm) ran out; "
                         f"use fewer speed.workers, or 0 to load in the main process ({dead})"
@@ -223,6 +224,15 @@ def loaded(loader: DataLoader[T]) -> Generator[T, None, None]:
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _abandon(iterator: Iterator[Any]) -> None:
+    """Keeps torch from ending an iterator in its own way, which waits for locks that the dead may hold."""
+    parts = vars(iterator)
+    parts["_shutdown"] = True
+    _remove_worker_pids(id(iterator))
+    if stop := parts.get("_pin_memory_thread_done_event"):
+        stop.set()
 
 
 def _dead(processes: Sequence[BaseProcess], patience: float = 0) -> str:
