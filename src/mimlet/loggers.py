@@ -152,7 +152,7 @@ class MLflow(Sink):
     """A run of MLflow, where `MLFLOW_TRACKING_URI` says, else in its usual local place.
 
     A server that does not answer is given up within a minute, unless MLflow's own variables say otherwise: by its
-    defaults the training would wait for it for a quarter of an hour.
+    defaults the training would wait for several.
     """
 
     def __init__(self, folder: Path, config: Config, id: str | None) -> None:

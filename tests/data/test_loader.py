@@ -176,10 +176,25 @@ class Deadly(Source):
         return "deadly"
 
 
+EXPLAINED = (
+    r"a data loading process died, most often because memory .* fewer speed.workers, .* \(process \d+: Killed\)$"
+)
+
+
 def test_a_dead_worker_is_explained(data: ImageDataset) -> None:
     data.source = Deadly(data.source)
-    with pytest.raises(TryAgain, match=r"process died, .* fewer speed.workers, .* \(process \d+: Killed\)$"):
+    with pytest.raises(TryAgain, match=EXPLAINED):
         list(training_batches(data, batch=4, total_steps=3, workers=2))
+    assert not active_children()
+
+
+def test_another_error_of_a_worker_stays_what_it_is(data: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(data, "sample", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(training_batches(data, batch=4, total_steps=3, workers=1))
     assert not active_children()
 
 
